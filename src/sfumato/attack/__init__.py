@@ -1,0 +1,1 @@
+"""Attackers, one a file, trained against a frozen obfuscator."""

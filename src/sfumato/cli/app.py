@@ -1,0 +1,62 @@
+"""The command line: every verb is a module of its own, registered here; errors leave as sentences and exit codes.
+
+Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted.
+"""
+
+from typing import Annotated
+
+import typer
+
+from sfumato import __version__
+from sfumato.cli.common import examples, guarded
+from sfumato.cli.demo import demo
+from sfumato.cli.detect import detect
+from sfumato.cli.doctor import doctor
+from sfumato.cli.fit import fit
+from sfumato.cli.measure import measure
+
+app = typer.Typer(
+    name="sfumato",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",  # flows a docstring's lines together
+    pretty_exceptions_enable=False,  # a traceback must not show local variables: they hold records
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_AGAIN = "type the same command to begin again"
+
+app.command()(guarded(demo, resume=_AGAIN))
+app.command(
+    epilog=examples(
+        "sfumato fit --data photographs --out mine",
+        "sfumato fit --data photographs --out mine --weights FaceBoxesProd.pth --decoder-steps 1500",
+        "sfumato fit --data photographs --out mine --start mine --tail frozen",
+    )
+)(guarded(fit))
+app.command(epilog=examples("sfumato detect photographs --alpha 0.8 --out results"))(guarded(detect))
+app.command(
+    epilog=examples(
+        "sfumato measure --dataset FDDB --alpha 0.8 --noisy",
+        "sfumato measure --dataset FDDB --sweep --seeds 0,1,2 --csv table.csv",
+    )
+)(guarded(measure))
+app.command(epilog=examples("sfumato doctor --dataset FDDB"))(guarded(doctor, resume=_AGAIN))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def sfumato(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Which one.")] = False,
+) -> None:
+    """Confidential inference: obfuscate what leaves, run the rest anywhere, measure what still leaks."""
+
+
+def main() -> None:
+    """The console command."""
+    app(prog_name="sfumato")

@@ -1,0 +1,78 @@
+"""The capacity algebra of the release: k parallel Gaussian channels per site, unit noise, bounded signal.
+
+A site sends y = g b + eps with |b| <= B and eps ~ N(0, I), so for every input distribution
+
+    I(X; Y) <= sum_i 1/2 log2(1 + E[(g_i b_i)^2]) <= sum_i 1/2 log2(1 + g_i^2 B^2) = sum_i c_i        (capacity)
+
+with c_i the bits a channel may carry and g_i = sqrt(2^(2 c_i) - 1) / B the gain that spends exactly c_i. The bits are
+shares of a budget, c = (1 - alpha) C_ref softmax(w + alpha v), so alpha is the share of the bits withheld.
+K releases of one record under fresh noise multiply the signal-to-noise ratio by K at most:
+
+    c_i(K) = 1/2 log2(1 + K g_i^2 B^2)                                                                 (repeats)
+
+Source: Cover & Thomas, Elements of Information Theory, 2nd ed., section 9.1 and 9.4 (parallel Gaussian channels).
+Derivation: docs/mechanism.md.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sfumato.core.errors import AlphaError
+
+# Standard deviations of noise the int8 wire has room for beside the signal; beyond it a code saturates,
+# which is processing after the noise and so can only lose information.
+NOISE_ROOM = 4.0
+INT8_MAX = 127
+_LN4 = 2 * math.log(2)  # 2^(2 c) = e^(c ln 4)
+_FLAT = 1e-12  # below this ratio the gain is linear in it, so that its gradient stays finite at zero bits
+
+Alpha = float | Sequence[float] | Tensor
+
+
+def as_alpha(alpha: Alpha, records: int, device: torch.device | str = "cpu") -> Tensor:
+    """One alpha or one per record -> [N] float32. Raises AlphaError outside [0, 1)."""
+    try:
+        a = torch.as_tensor(alpha, dtype=torch.float32, device=device).reshape(-1)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise AlphaError("alpha is not a number", wanted="a number in [0, 1)", do="--alpha 0.8") from None
+    if a.numel() not in (1, records):
+        raise AlphaError(f"{a.numel()} alphas for {records} records", wanted="one, or one per record")
+    if not bool(((a >= 0) & (a < 1)).all()):
+        bad = [v for v in a.tolist() if not 0 <= v < 1]
+        raise AlphaError(
+            f"alpha = {bad[0]:g}", wanted="0 <= alpha < 1, the share of the bits withheld", do="--alpha 0.8"
+        )
+    return a.expand(records)
+
+
+def allocate(w: Tensor, v: Tensor, alpha: Tensor, c_ref: float) -> Tensor:
+    """c = (1 - alpha) C_ref softmax(w + alpha v): bits per site and channel, [N, k] for alpha [N]."""
+    a = alpha[:, None]
+    return (1 - a) * c_ref * torch.softmax(w + a * v, dim=1)
+
+
+def snr(bits: Tensor) -> Tensor:
+    """g^2 B^2 = 2^(2 c) - 1: the peak signal-to-noise ratio that c bits afford."""
+    return torch.expm1(bits * _LN4)
+
+
+def gain(bits: Tensor, bound: float) -> Tensor:
+    """g = sqrt(2^(2 c) - 1) / B, and never more: zero bits get no gain at all."""
+    ratio = snr(bits)
+    return ratio / ratio.clamp_min(_FLAT).sqrt() / bound
+
+
+def step(bits: Tensor, bound: float) -> Tensor:
+    """Width of one int8 code, (g B + 4) / 127, same shape as `bits`."""
+    return (gain(bits, bound) * bound + NOISE_ROOM) / INT8_MAX
+
+
+def repeated(bits: Tensor, releases: int) -> Tensor:
+    """Bits after K releases of one record under fresh noise: 1/2 log2(1 + K (2^(2 c) - 1)).
+
+    Written as c + 1/2 log2(1 + (K - 1)(1 - 2^(-2 c))), the same number, exact at K = 1 and finite for any c.
+    """
+    return bits + torch.log1p((releases - 1) * -torch.expm1(-bits * _LN4)) / _LN4

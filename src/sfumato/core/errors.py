@@ -1,0 +1,81 @@
+"""Every error sfumato raises on purpose, drawn as a tree; each carries the exit code the command line ends with.
+
+    SfumatoError                 1  the work failed
+    └── RequestError             2  the request was wrong: got / wanted / what to type
+        ├── AlphaError              alpha outside [0, 1)
+        ├── ArtefactError           not an artefact, another version, another model, damaged
+        ├── CutError                the model cannot be cut there
+        ├── DatasetError            a dataset that is absent or incomplete
+        ├── DeviceError             a device this machine does not have
+        ├── ImageError              not an image, or one out of bounds
+        ├── OutputError             the output place cannot be written
+        ├── ReleaseError            bytes that are not a release of this obfuscator
+        └── WeightsError            weights that do not fit the model
+"""
+
+__all__ = [
+    "AlphaError",
+    "ArtefactError",
+    "CutError",
+    "DatasetError",
+    "DeviceError",
+    "ImageError",
+    "OutputError",
+    "ReleaseError",
+    "RequestError",
+    "SfumatoError",
+    "WeightsError",
+]
+
+
+class SfumatoError(Exception):
+    """The work failed. Never shows the content of a record."""
+
+    exit_code = 1
+
+
+class RequestError(SfumatoError):
+    """The request was wrong. The message says what was got, what was wanted and what to type."""
+
+    exit_code = 2
+
+    def __init__(self, got: str, *, wanted: str = "", do: str = "") -> None:
+        self.got, self.wanted, self.do = got, wanted, do
+        parts = [got, wanted and f"wanted: {wanted}", do and f"do: {do}"]
+        super().__init__("\n  ".join(part for part in parts if part))
+
+
+class AlphaError(RequestError):
+    """Alpha outside [0, 1)."""
+
+
+class ArtefactError(RequestError):
+    """A file that is not an artefact, is damaged, of another version, or belongs to another model."""
+
+
+class CutError(RequestError):
+    """The model cannot be cut at the place asked for."""
+
+
+class DatasetError(RequestError):
+    """A dataset that is absent or incomplete."""
+
+
+class DeviceError(RequestError):
+    """A device this machine does not have."""
+
+
+class ImageError(RequestError):
+    """A file that is not an image, or an image out of bounds."""
+
+
+class OutputError(RequestError):
+    """A place that cannot be written."""
+
+
+class ReleaseError(RequestError):
+    """Bytes that are not a release, or a release of another obfuscator."""
+
+
+class WeightsError(RequestError):
+    """Weights that do not fit the model."""

@@ -1,0 +1,1 @@
+"""Fits an obfuscator and a restorer to a model that is already trained, label-free."""

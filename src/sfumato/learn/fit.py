@@ -1,0 +1,292 @@
+"""Fit an obfuscator, a restorer and (where adapted) a tail to a trained model, with the model itself as the teacher.
+
+Every batch draws its records, alphas and noise from a generator seeded by (seed, step), so a fit that is killed and
+resumed from its checkpoint ends with the same tensors as one that was not. Alphas follow the sandwich rule (arXiv
+1903.05134, section 3.1): the lowest, the highest, and random ones between, uniform in the logarithm of the bits.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from sfumato.core import channel
+from sfumato.core.errors import RequestError
+from sfumato.core.files import write_bytes
+from sfumato.core.obfuscator import Obfuscator, Shape
+from sfumato.core.restorer import Restorer
+from sfumato.core.sites import unfold
+from sfumato.core.task import Outputs, Task
+from sfumato.learn.cache import Cache
+from sfumato.learn.objective import feature_error, linear_adversary, watched
+from sfumato.learn.start import initialise
+
+VALIDATED_AT = (0.4, 0.8, 0.95)
+HIGHEST = 0.95
+_SAMPLE = 48  # records the closed-form start looks at
+_VALIDATION_NOISE = 4928
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how hard to fit; the defaults are those of the shipped artefacts."""
+
+    tail: Literal["adapted", "frozen"] = "adapted"
+    steps: int = 5000
+    batch: int = 8
+    lr: float = 1.5e-3
+    tail_lr: float = 5e-4
+    features: float = 2.0
+    privacy: float = 1.0
+    validations: int = 20
+    patience: int = 8
+    held_out: float = 0.1
+    seed: int = 0
+
+
+class Student(nn.Module):
+    """Obfuscator, restorer and tail as one module, for the optimiser and the average of the weights."""
+
+    def __init__(self, obfuscator: Obfuscator, restorer: Restorer, tail: nn.Module) -> None:
+        super().__init__()
+        self.obfuscator, self.restorer, self.tail = obfuscator, restorer, tail
+
+    def release(self, z: Tensor, alpha: Tensor, noise: Tensor) -> Tensor:
+        """y, with the allocation both sides share."""
+        y: Tensor = self.obfuscator(z, alpha, noise)
+        return y
+
+    def forward(self, y: Tensor, alpha: Tensor, ndim: int) -> Any:
+        return self.tail(unfold(self.restorer(y, alpha), ndim))
+
+
+@dataclass
+class Fitted:
+    """The fit's result: modules in eval mode, and what happened."""
+
+    obfuscator: Obfuscator
+    restorer: Restorer
+    tail: nn.Module
+    scores: dict[str, float]
+    steps: int
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class Trainer:
+    """One fit, resumable: `run()` goes from the last checkpoint in `folder` to the end."""
+
+    def __init__(
+        self,
+        tail: nn.Module,
+        task: Task,
+        cache: Cache,
+        folder: Path,
+        settings: Settings,
+        shape: Shape,
+        *,
+        device: torch.device,
+        obfuscator: Obfuscator | None = None,
+        restorer: Restorer | None = None,
+        tail_state: dict[str, Tensor] | None = None,
+        keep: bool = False,
+        quiet: bool = False,
+    ) -> None:
+        self.task, self.cache, self.folder, self.settings = task, cache, folder, settings
+        self.device, self.quiet = device, quiet
+        self.teacher = deepcopy(tail).to(device).eval().requires_grad_(requires_grad=False)
+        self.train_rows, self.held_rows = _divide(cache, settings)
+        student_tail = deepcopy(tail).to(device).eval().requires_grad_(settings.tail == "adapted")
+        if tail_state:
+            student_tail.load_state_dict(tail_state)
+        self.given = keep
+        encoder = deepcopy(obfuscator) if obfuscator is not None else Obfuscator(shape)
+        decoder = deepcopy(restorer) if restorer is not None else Restorer(encoder.shape)
+        self.student = Student(encoder, decoder, student_tail).to(device)
+        self.student.obfuscator.requires_grad_(not self.given)
+        decoder.allocation = self.student.obfuscator.allocation
+        if obfuscator is None or restorer is None:
+            self._start()
+        self.optimiser, self.schedule = self._optimiser()
+        self.average = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        self.step, self.whole = 0, True
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Any] = {"score": -1.0, "state": self.student.state_dict(), "since": 0}
+
+    def run(self) -> Fitted:
+        """Train to the end, to the early stop, or until interrupted; a checkpoint at every validation."""
+        self._resume()
+        every = max(1, self.settings.steps // self.settings.validations)
+        total = self.settings.steps
+        try:
+            with tqdm(total=total, initial=self.step, desc="fit", disable=self.quiet, unit="step") as bar:
+                while self.step < total and self.best["since"] < self.settings.patience:
+                    loss = self._train_step()
+                    bar.update()
+                    if self.step % every == 0 or self.step == total:
+                        self._validate(loss)
+                        self._save()
+                    self.whole = True
+                    if self.step % 10 == 0:
+                        bar.set_postfix_str(f"loss={loss:.3f} agreement={max(self.best['score'], 0):.3f}")
+        except KeyboardInterrupt:
+            if self.whole:
+                self._save()
+            raise
+        return self._finish()
+
+    def _train_step(self) -> float:
+        self.student.train(mode=False)  # batch norm keeps the provider's statistics
+        z, patch, alpha, noise = self._draw(self.step)
+        teacher, teacher_features = self._teach(z)
+        y = self.student.release(z, alpha, noise)
+        with watched(self.student.tail, self.task.stages()) as seen:
+            outputs = self.task.outputs(self.student(y, alpha, self.cache.ndim))
+        loss = self.task.distance(outputs, teacher) + self.settings.features * feature_error(seen, teacher_features)
+        if patch is not None and self.settings.privacy and not self.given:
+            # Weighted by alpha: what little is withheld at low alpha is for the task to choose.
+            loss = loss - self.settings.privacy * alpha * linear_adversary(y, patch).clamp(max=1.0)
+        mean = loss.mean()
+        self.optimiser.zero_grad(set_to_none=True)
+        mean.backward()
+        nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
+        self.whole = False  # an interrupt from here to the end of the step must not leave a checkpoint of half of it
+        self.optimiser.step()
+        self.schedule.step()
+        self.average.update_parameters(self.student)
+        self.step += 1
+        return float(mean.detach())
+
+    def _draw(self, step: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed((self.settings.seed << 32) + step)
+        batch = self.settings.batch
+        rows = self.train_rows[torch.randint(len(self.train_rows), (batch,), generator=generator).numpy()]
+        z, patch = self.cache.batch(rows, self.device)
+        between = 1 - (1 - HIGHEST) ** torch.rand(batch, generator=generator)
+        between[0] = 0.0
+        between[-1] = HIGHEST
+        noise = torch.randn(batch, self.student.obfuscator.shape.k, *z.shape[2:], generator=generator)
+        return z, patch, between.to(self.device), noise.to(self.device, memory_format=torch.channels_last)
+
+    def _teach(self, z: Tensor) -> tuple[Outputs, list[Tensor]]:
+        with torch.no_grad(), watched(self.teacher, self.task.stages()) as seen:
+            return self.task.outputs(self.teacher(unfold(z, self.cache.ndim))), list(seen)
+
+    def _validate(self, loss: float) -> None:
+        model: Any = self.average.module
+        scores = {f"a{alpha:g}": self._agreement(model, alpha) for alpha in VALIDATED_AT}
+        score = float(np.mean(list(scores.values())))
+        self.history.append({"step": float(self.step), "loss": loss, "score": score, **scores})
+        better = score > self.best["score"]
+        if better:
+            state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            self.best = {"score": score, "state": state, "since": 0}
+        else:
+            self.best["since"] += 1
+
+    @torch.no_grad()
+    def _agreement(self, model: Student, alpha: float) -> float:
+        generator = torch.Generator().manual_seed(_VALIDATION_NOISE)
+        pairs = []
+        for rows in _batches(self.held_rows, self.settings.batch):
+            z, _ = self.cache.batch(rows, self.device)
+            a = channel.as_alpha(alpha, len(z), self.device)
+            noise = torch.randn(len(z), model.obfuscator.shape.k, *z.shape[2:], generator=generator).to(self.device)
+            student = self.task.outputs(model(model.release(z, a, noise), a, self.cache.ndim))
+            pairs.append((student, self._teach(z)[0]))
+        student, teacher = (
+            tuple(torch.cat(parts) for parts in zip(*side, strict=True)) for side in zip(*pairs, strict=True)
+        )
+        return self.task.agreement(student, teacher)
+
+    def _start(self) -> None:
+        rows = self.train_rows[np.linspace(0, len(self.train_rows) - 1, _SAMPLE).astype(int)]
+        z, _ = self.cache.batch(rows, self.device)
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        std = z.transpose(0, 1).flatten(1).std(1)[:, None, None]
+        gradients = []
+        for part in z.split(self.settings.batch):
+            moved = part + 0.1 * std * torch.randn(part.shape, generator=generator).to(self.device)
+            moved.requires_grad_()
+            teacher, teacher_features = self._teach(part)
+            with watched(self.teacher, self.task.stages()) as seen:
+                outputs = self.task.outputs(self.teacher(unfold(moved, self.cache.ndim)))
+            loss = self.task.distance(outputs, teacher) + self.settings.features * feature_error(seen, teacher_features)
+            gradients.append(torch.autograd.grad(loss.sum(), moved)[0])
+        initialise(self.student.obfuscator, self.student.restorer, z, torch.cat(gradients))
+
+    def _optimiser(self) -> tuple[torch.optim.Optimizer, OneCycleLR]:
+        s = self.settings
+        own = [*self.student.restorer.parameters(), *self.student.obfuscator.parameters()]
+        own = [p for p in dict.fromkeys(own) if p.requires_grad]
+        tail = [p for p in self.student.tail.parameters() if p.requires_grad]
+        groups = [{"params": own, "lr": s.lr}] + ([{"params": tail, "lr": s.tail_lr}] if tail else [])
+        optimiser = torch.optim.AdamW(groups, weight_decay=1e-4)
+        rates = [s.lr, s.tail_lr][: len(groups)]
+        return optimiser, OneCycleLR(optimiser, rates, total_steps=s.steps + 1, pct_start=max(0.1, 2 / (s.steps + 1)))
+
+    def _save(self) -> None:
+        state = {
+            "settings": asdict(self.settings),
+            "data": self.cache.digest,
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "history": self.history,
+            "best": self.best,
+        }
+        buffer = BytesIO()  # torch.save into a file answers a full disk with a RuntimeError that does not say so
+        torch.save(state, buffer)
+        write_bytes(self.folder / "checkpoint.pt", buffer.getvalue())
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        if saved["settings"] != asdict(self.settings) or saved["data"] != self.cache.digest:
+            raise RequestError(
+                f"{path} belongs to a fit with other settings or other data",
+                wanted="the same command as before",
+                do=f"repeat it, or remove {path} to start anew",
+            )
+        self.student.load_state_dict(saved["student"])
+        self.average.load_state_dict(saved["average"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.schedule.load_state_dict(saved["schedule"])
+        self.step, self.history, self.best = saved["step"], saved["history"], saved["best"]
+
+    def _finish(self) -> Fitted:
+        self.student.load_state_dict(self.best["state"])
+        best = max(self.history, key=lambda row: row["score"])
+        scores = {k: v for k, v in best.items() if k not in ("step", "loss")}
+        student = self.student.eval().requires_grad_(requires_grad=False)
+        restorer = student.restorer
+        restorer.allocation = deepcopy(student.obfuscator.allocation)
+        return Fitted(student.obfuscator, restorer, student.tail, scores, self.step, self.history)
+
+
+def _divide(cache: Cache, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on (every view) and to validate on (the plain view of every 1/held_out-th record)."""
+    records = len(cache) // cache.views
+    apart = max(2, round(1 / settings.held_out))
+    held = np.arange(records) % apart == apart - 1
+    if not held.any() or held.all():
+        raise RequestError(f"{records} records", wanted=f"at least {apart}, to hold one out", do="give more data")
+    every_view = np.arange(len(cache)).reshape(records, cache.views)
+    return every_view[~held].ravel(), every_view[held][:, 0]
+
+
+def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

@@ -1,0 +1,86 @@
+"""A closed-form start: the transform coder that is optimal for a linear encoder and a quadratic loss.
+
+With Sigma the covariance of n = (z - mean)/std at a site and M its importance to the task, the channels are the
+eigenvectors of M^1/2 Sigma M^1/2 (Karhunen-Loeve in the task's metric) and their bits are reverse water-filling,
+c_i = max(0, 1/2 log2(lambda_i / theta)). M is estimated from gradients: for d = |f(z + delta) - f(z)|^2 and small
+delta ~ N(0, s^2 I) the gradient is H delta, so M = H = cov(gradient)^1/2 up to scale.
+
+Sources: Cover & Thomas, 2nd ed., section 10.3.3 (reverse water-filling); Huang & Schultheiss 1963 (transform coding).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.core.obfuscator import Obfuscator
+from sfumato.core.restorer import Restorer
+
+SPREAD = 0.6  # standard deviation of u at the start: head outputs are heavy-tailed, faces live in the tails
+_FLOOR = 1e-3  # smallest share of the bits a channel starts with
+
+
+def sqrt_psd(matrix: Tensor) -> Tensor:
+    """Symmetric square root of a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root
+
+
+def initialise(obfuscator: Obfuscator, restorer: Restorer, z: Tensor, gradients: Tensor) -> None:
+    """Set both modules from a sample: z [n, C, h, w] and the task's gradient by it, same shape."""
+    shape = obfuscator.shape
+    rows = z.transpose(0, 1).flatten(1).double()
+    mean, std = rows.mean(1), rows.std(1).clamp_min(1e-6)
+    n = (rows - mean[:, None]) / std[:, None]
+    g = gradients.transpose(0, 1).flatten(1).double() * std[:, None]
+    sigma = torch.cov(n)
+    metric = sqrt_psd(g @ g.T / g.shape[1])
+    metric = metric / metric.diagonal().mean().clamp_min(1e-12)
+    root = sqrt_psd(metric + 1e-3 * torch.eye(len(sigma), dtype=torch.float64, device=z.device))
+    values, vectors = torch.linalg.eigh(root @ sigma @ root)
+    order = values.argsort(descending=True)[: shape.k]
+    values = values[order].clamp_min(1e-9)
+    encode = SPREAD * (vectors[:, order] / values.sqrt()).T @ root
+    decode = sigma @ encode.T @ torch.linalg.pinv(encode @ sigma @ encode.T)
+    w, v = water_filling(values.cpu().numpy(), shape.k, shape.c_ref)
+    with torch.no_grad():
+        for module in (obfuscator, restorer):
+            module.mean.copy_(mean)
+            module.std.copy_(std)
+            module.allocation.w.zero_()[: len(w)].copy_(torch.from_numpy(w))
+            module.allocation.v.zero_()[: len(v)].copy_(torch.from_numpy(v))
+        obfuscator.linear.weight.zero_()[: len(encode), :, 0, 0].copy_(encode)
+        obfuscator.linear.bias.zero_()  # type: ignore[union-attr]
+        _quiet(obfuscator.context[-1])
+        restorer.log_variance.fill_(2 * float(np.log(SPREAD)))
+        restorer.lift.weight.zero_()[:, : decode.shape[1], 0, 0].copy_(decode)
+        restorer.lift.bias.zero_()  # type: ignore[union-attr]
+        _quiet(restorer.mix)
+        _quiet(restorer.film[-1])
+
+
+def _quiet(layer: torch.nn.Module) -> None:
+    """A branch that starts at zero."""
+    for parameter in layer.parameters():
+        parameter.zero_()
+
+
+def water_filling(values: np.ndarray, k: int, c_ref: float) -> tuple[np.ndarray, np.ndarray]:
+    """w and v so that softmax(w + alpha v) follows reverse water-filling over alpha; [min(k, len)] each."""
+    alphas = np.linspace(0.0, 0.95, 20)
+    shares = np.stack([_shares(values, (1 - a) * c_ref) for a in alphas])
+    logs = np.log(np.maximum(shares, _FLOOR))
+    design = np.stack([np.ones_like(alphas), alphas], 1)
+    (w, v), *_ = np.linalg.lstsq(design, logs, rcond=None)
+    return w - w.mean(), v - v.mean()
+
+
+def _shares(values: np.ndarray, budget: float) -> np.ndarray:
+    """Shares of `budget` bits that reverse water-filling gives to channels of these variances."""
+    low, high = np.log(values.min()) - 2 * budget, np.log(values.max())
+    for _ in range(60):
+        theta = (low + high) / 2
+        bits = np.maximum(0, (np.log(values) - theta) / (2 * np.log(2)))
+        low, high = (theta, high) if bits.sum() > budget else (low, theta)
+    total = max(float(bits.sum()), 1e-9)
+    return np.asarray(bits / total)

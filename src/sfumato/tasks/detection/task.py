@@ -1,0 +1,114 @@
+"""Face detection as a task: label-free loss and agreement between a detector's outputs and a teacher's.
+
+    distance = sum_a m_a KL(teacher_a || student_a) + sum_{a confident} smooth_l1(loc_a)      per record, over positives
+
+Anchors that the teacher believes in count, and the seven hardest others for each of them (arXiv 1708.05234 section 3.3
+uses the same 7:1 against labels; here the teacher stands in for labels).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfumato.core.errors import RequestError
+from sfumato.core.task import Image, Outputs
+from sfumato.tasks.detection.boxes import Detections, detect, priors
+from sfumato.tasks.detection.precision import average_precision
+
+MEAN_BGR = (104.0, 117.0, 123.0)
+CONFIDENT = 0.35  # the teacher's face probability from which an anchor counts as positive (SSD's matching threshold)
+HARD_NEGATIVES = 7
+VIEWS_SEED = 1708
+FOUND = 0.5  # the teacher's detections that count as faces when agreement is scored
+
+
+@dataclass(frozen=True)
+class FaceDetection:
+    """The task of FaceBoxes; `size` is the input's (height, width), or None for each photograph's own."""
+
+    size: tuple[int, int] | None = (1024, 1024)
+    name: str = "face-detection"
+
+    def views(self, record: Image, index: int) -> list[Image]:
+        """The photograph, its mirror image zoomed in, and the photograph shrunk into a grey frame; three."""
+        draw = np.random.default_rng([VIEWS_SEED, index])
+        height, width = record.shape[:2]
+        crop_h, crop_w = (max(1, round(side * draw.uniform(0.5, 0.95))) for side in (height, width))
+        top, left = (int(draw.integers(0, room + 1)) for room in (height - crop_h, width - crop_w))
+        zoomed = record[top : top + crop_h, left : left + crop_w][:, ::-1]
+        grown = draw.uniform(1.2, 2.0)
+        frame = np.full((round(height * grown), round(width * grown), 3), MEAN_BGR, np.uint8)
+        top, left = (int(draw.integers(0, room + 1)) for room in (frame.shape[0] - height, frame.shape[1] - width))
+        frame[top : top + height, left : left + width] = record
+        return [record, np.ascontiguousarray(zoomed), frame[:, ::-1] if index % 2 else frame]
+
+    def preprocess(self, record: Image) -> Tensor:
+        """BGR uint8 [H, W, 3] -> float [3, height, width], resized, minus (104, 117, 123)."""
+        if self.size is not None and record.shape[:2] != self.size:
+            record = cv2.resize(record, self.size[::-1], interpolation=cv2.INTER_LINEAR)
+        centred = record.astype(np.float32) - np.asarray(MEAN_BGR, np.float32)
+        # As channels-last memory: half the head's time on a CPU, the same values.
+        return torch.from_numpy(centred).permute(2, 0, 1)
+
+    def outputs(self, raw: Any) -> Outputs:
+        loc, conf = raw
+        return loc, conf
+
+    def postprocess(self, outputs: Outputs, size: tuple[int, int]) -> Detections:
+        """loc [A, 4] and conf [A, 2] of one record -> Detections in a photograph of (height, width)."""
+        loc, conf = (t.detach().cpu() for t in outputs)
+        anchors = priors(*(self.size or size))
+        if len(anchors) != len(loc):
+            raise RequestError(f"{len(loc)} anchors", wanted=f"{len(anchors)} for an input of {self.size or size}")
+        return detect(loc, conf, anchors, size)
+
+    def distance(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """[N]; see the module's equation, divided by the number of positives."""
+        (loc, conf), (loc_t, conf_t) = student, teacher
+        log_p, log_q = F.log_softmax(conf, -1), F.log_softmax(conf_t, -1)
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+        positive = log_q[..., 1].exp() > CONFIDENT
+        count = positive.sum(1)
+        mask = positive | _hardest(kl.detach().masked_fill(positive, -1.0), HARD_NEGATIVES * count + HARD_NEGATIVES)
+        box = F.smooth_l1_loss(loc, loc_t, reduction="none").sum(-1)
+        return ((kl * mask).sum(1) + (box * positive).sum(1)) / (count + 1)
+
+    def agreement(self, student: Outputs, teacher: Outputs) -> float:
+        """AP at IoU .5 of the student's detections against what the teacher found (score at least .5).
+
+        Where the teacher found nothing at all: 1 if the student found nothing either, else 0.
+        """
+        found = [self._square(o) for o in zip(*student, strict=True)]
+        truth = [self._square(o).above(FOUND).boxes for o in zip(*teacher, strict=True)]
+        if not any(len(boxes) for boxes in truth):
+            raise RequestError("the model finds no face in the records held out", wanted="photographs with faces")
+        if not any(len(boxes) for boxes in truth):
+            return float(not any(len(one.above(FOUND)) for one in found))
+        return average_precision(found, truth)
+
+    def stages(self) -> tuple[str, ...]:
+        return ("inception3", "conv3_2", "conv4_2")
+
+    def _square(self, outputs: Outputs) -> Detections:
+        return self.postprocess(outputs, self.size or _square_of(len(outputs[0])))
+
+
+def _hardest(loss: Tensor, count: Tensor) -> Tensor:
+    """Mask of the `count` largest losses of each row."""
+    width = int(count.max().clamp(max=loss.shape[1]))
+    values, places = loss.topk(width, 1)
+    chosen = (torch.arange(width, device=loss.device) < count[:, None]) & (values > 0)
+    return torch.zeros_like(loss, dtype=torch.bool).scatter(1, places, chosen)
+
+
+def _square_of(anchors: int) -> tuple[int, int]:
+    raise RequestError(
+        f"outputs of {anchors} anchors and no input size",
+        wanted="a fixed input size while fitting",
+        do="FaceDetection(size=(1024, 1024))",
+    )

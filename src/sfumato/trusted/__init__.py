@@ -1,0 +1,1 @@
+"""Runs only inside the trust zone: noise, and the single additional line."""

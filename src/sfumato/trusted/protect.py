@@ -1,0 +1,94 @@
+"""The single additional line: a record goes in, a release comes out, and only the release may leave.
+
+release = protected(frame, alpha=0.8)
+"""
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sfumato.core import channel
+from sfumato.core.errors import ImageError
+from sfumato.core.obfuscator import Obfuscator
+from sfumato.core.release import Release
+from sfumato.core.sites import fold
+from sfumato.core.task import Image, Task
+from sfumato.trusted.noise import Fresh
+
+
+class Noise(Protocol):
+    """Where eps comes from."""
+
+    def normals(self, records: int, shape: tuple[int, ...]) -> Tensor:
+        """Standard normals [records, *shape], float32."""
+        ...
+
+
+class Protected:
+    """Head, obfuscator and noise of one fit.
+
+    `outside` is the other side where both run on one machine, and `reference` the provider's own tail, to measure what
+    the obfuscation costs; either may be None.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        obfuscator: Obfuscator,
+        task: Task,
+        digest: str,
+        *,
+        outside: Callable[[Release], Any] | None = None,
+        reference: nn.Module | None = None,
+        noise: Noise | None = None,
+    ) -> None:
+        self.head, self.task, self.digest, self.outside, self.reference = head, task, digest, outside, reference
+        self.obfuscator = obfuscator.eval().requires_grad_(requires_grad=False)
+        self.noise: Noise = noise or Fresh()
+
+    def __call__(self, record: Image | Sequence[Image], alpha: channel.Alpha = 0.8) -> Release:
+        """One record or several of one input size -> their release. Raises AlphaError before anything is computed."""
+        records = [record] if isinstance(record, np.ndarray) else list(record)
+        channel.as_alpha(alpha, len(records))
+        return self.obfuscate(self.cut(records), alpha)
+
+    def with_noise(self, noise: Noise) -> "Protected":
+        """The same with other noise, for measurements that must repeat; releases that leave take the default."""
+        same = copy(self)
+        same.noise = noise
+        return same
+
+    @torch.inference_mode()
+    def cut(self, records: Sequence[Image]) -> Tensor:
+        """The head's clean output: it must not leave."""
+        inputs = [self.task.preprocess(record) for record in records]
+        if len({x.shape for x in inputs}) != 1:
+            raise ImageError("records of several input sizes in one batch", wanted="one size", do="send them singly")
+        z: Tensor = self.head(torch.stack(inputs).to(self.obfuscator.mean.device))
+        return z
+
+    @torch.inference_mode()
+    def obfuscate(self, z: Tensor, alpha: channel.Alpha = 0.8) -> Release:
+        """Clean head output -> release, with noise of its own for every record. Raises AlphaError."""
+        sites = fold(z)
+        a = channel.as_alpha(alpha, len(sites), sites.device)
+        shape = (self.obfuscator.shape.k, *sites.shape[2:])
+        noise = self.noise.normals(len(sites), shape).to(sites.device)
+        codes = self.obfuscator.codes(sites, a, noise).contiguous()
+        bits = self.obfuscator.bits_per_record(a, sites.shape[2] * sites.shape[3])
+        return Release(codes, a, self.digest, bits, z.ndim)
+
+    def postprocess(self, raw: Any, size: tuple[int, int] | None = None) -> Any:
+        """What the outside returned -> the task's result: one for a single record, a list for a batch.
+
+        `size` is the (height, width) of the records; None gives results in the model's input.
+        """
+        outputs = self.task.outputs(raw)
+        if size is None:
+            size = getattr(self.task, "size", None) or (1, 1)
+        results = [self.task.postprocess(one, size) for one in zip(*outputs, strict=True)]
+        return results[0] if len(results) == 1 else results
