@@ -58,9 +58,7 @@ def figures(result: Measurement) -> list[tuple[object, ...]]:
     ]
 
 
-def test_the_clean_arm_is_the_model_itself(
-    whole: Measurement, tiny: "Tiny", data: Fddb, task: FaceDetection
-) -> None:
+def test_the_clean_arm_is_the_model_itself(whole: Measurement, tiny: "Tiny", data: Fddb, task: FaceDetection) -> None:
     model = facade.detector(tiny.weights)
     for fold, ap in zip(data.folds, whole.arms[0].detected.folds, strict=True):
         found = []
@@ -144,7 +142,7 @@ def test_folds_and_limit_take_a_part(whole: Measurement, protected: Protected, d
 
 @pytest.mark.parametrize("part", [{"folds": (11,)}, {"folds": (0,)}, {"limit": 0}])
 def test_parts_that_are_not_there(protected: Protected, data: Fddb, part: dict[str, object]) -> None:
-    with pytest.raises(RequestError, match="fold|limit"):
+    with pytest.raises(RequestError, match=r"fold|limit"):
         measure(protected, data, quiet=True, **part)  # type: ignore[arg-type]
 
 

@@ -140,7 +140,7 @@ def detect(
         findings.rows.append(row | _one(protected, image, source.name, out, alpha, score, decoder))
 
     try:
-        for number, source in enumerate(tqdm(todo, "detect", disable=quiet, unit="image"), start=1):
+        for number, source in enumerate(tqdm(todo, "detect", disable=quiet or len(todo) == 1, unit="image"), start=1):
             try:
                 look(source)
             except ImageError as error:

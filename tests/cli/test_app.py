@@ -40,7 +40,8 @@ def test_version(cli: "Callable[..., Ran]") -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("brew",), ("fit",), ("detect",), ("measure", "--datasett", "d"), ("measure", "--dataset", "d", "--tail", "x")]
+    "words",
+    [("brew",), ("fit",), ("detect",), ("measure", "--datasett", "d"), ("measure", "--dataset", "d", "--tail", "x")],
 )
 def test_a_wrong_request_is_two(cli: "Callable[..., Ran]", words: tuple[str, ...]) -> None:
     ran = cli(*words)
@@ -71,7 +72,11 @@ def test_help_is_quick_because_it_loads_nothing_heavy() -> None:
     ("error", "code", "says"),
     [
         (SfumatoError("it broke"), 1, "error: it broke"),
-        (RequestError("a pear", wanted="an apple", do="--apple"), 2, "error: a pear\n  wanted: an apple\n  do: --apple"),
+        (
+            RequestError("a pear", wanted="an apple", do="--apple"),
+            2,
+            "error: a pear\n  wanted: an apple\n  do: --apple",
+        ),
         (AlphaError("alpha = 2"), 2, "error: alpha = 2"),
         (DatasetError("no data"), 2, "error: no data"),
         (OutputError("no room"), 2, "error: no room"),

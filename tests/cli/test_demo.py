@@ -27,7 +27,7 @@ def test_it_prints_the_table_and_where_the_page_is(ran: Callable[..., Any], tmp_
         assert line[1] == f"{row['ap']:.4f}"
         assert f"{row['release_bytes'] / 1000:.1f}" in line
     assert "NOT FDDB; 10 images" in out
-    assert "no evidence" in out
+    assert "not evidence" in out
 
 
 def test_json_is_the_report(ran: Callable[..., Any], tmp_path: Path, tiny: Any) -> None:

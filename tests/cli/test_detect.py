@@ -53,10 +53,10 @@ def results(out: Path) -> dict[str, Any]:
     return document
 
 
-def size_of(path: Path) -> tuple[int, ...]:
+def size_of(path: Path) -> tuple[int, int]:
     image = cv2.imread(str(path))
     assert image is not None
-    return image.shape[:2]
+    return image.shape[0], image.shape[1]
 
 
 def test_a_folder_gives_pictures_json_and_csv(detect: Cli, photos: Path, tmp_path: Path) -> None:
@@ -180,7 +180,12 @@ def test_wrong_weights(cli: Cli, tiny: "Tiny", photos: Path, tmp_path: Path) -> 
     state = torch.load(tiny.weights, weights_only=True)
     state["conv1.conv.weight"][0, 0, 0, 0] += 1
     torch.save(state, changed)
-    for path, says in ((text, "refused"), (other, "not FaceBoxes"), (changed, "model"), (tmp_path / "no.pth", "no such")):
+    for path, says in (
+        (text, "refused"),
+        (other, "not FaceBoxes"),
+        (changed, "model"),
+        (tmp_path / "no.pth", "no such"),
+    ):
         words = ("--artefacts", tiny.folder, "--weights", path, "--out", tmp_path / "out")
         ran = cli("detect", photos, *words)
         assert ran.code == 2, path
@@ -199,9 +204,7 @@ def test_a_wrong_score_or_size_or_folder(detect: Cli, cli: Cli, tiny: "Tiny", ph
 
 
 @pytest.mark.parametrize("place", ["file/below", "/proc/out"])
-def test_an_output_that_cannot_be_written(
-    cli: Cli, tiny: "Tiny", photos: Path, tmp_path: Path, place: str
-) -> None:
+def test_an_output_that_cannot_be_written(cli: Cli, tiny: "Tiny", photos: Path, tmp_path: Path, place: str) -> None:
     """Root may write anywhere but below a file and into /proc."""
     if place.startswith("/proc") and not Path("/proc").is_dir():
         pytest.skip("no /proc here")

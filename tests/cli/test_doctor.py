@@ -38,7 +38,9 @@ def test_all_is_well(cli: "Callable[..., Ran]", tiny: "Tiny") -> None:
 def test_people_get_a_table(cli: "Callable[..., Ran]", tiny: "Tiny") -> None:
     ran = cli(*asked(tiny))
     assert ran.code == 0
-    assert all(f"\n{name} " in ran.out for name in ("torch", "device", "detector", "client.safetensors", "cache folder"))
+    assert all(
+        f"\n{name} " in ran.out for name in ("torch", "device", "detector", "client.safetensors", "cache folder")
+    )
     assert "FDDB" not in ran.out
 
 

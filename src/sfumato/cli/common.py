@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 
 import typer
+
+if TYPE_CHECKING:
+    from sfumato.trusted.protect import Protected
 
 P = ParamSpec("P")
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -139,7 +142,7 @@ def tail_of(artefacts: Path | None, tail: Tail | None) -> str:
 
 def load(
     artefacts: Path | None, weights: Path | None, tail: Tail | None, size: tuple[int, int] | None, device: Device
-) -> Any:
+) -> "Protected":
     """Both sides of a fit of the face detector. Raises ArtefactError, WeightsError, RequestError."""
     from sfumato import facade
     from sfumato.core.errors import ArtefactError

@@ -53,7 +53,7 @@ def _show(report: dict[str, Any], page: Path) -> None:
     console.print(_table(report["table"]))
     data = report["data"]
     counted = f"{plural(data['images'], 'image')}, {plural(data['faces'], 'face')}, seed {data['seed']}"
-    typer.echo(f"data: embedded sampler, NOT FDDB; {counted}. A demonstration, no evidence.")
+    typer.echo(f"data: embedded sampler, NOT FDDB; {counted}. A demonstration, not evidence.")
     typer.echo(f"page: {page.resolve().as_uri()} ({report['seconds']:.0f} s)")
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from sfumato.cli.common import Artefacts, Device, DeviceOption, Weights, work_folder
+from sfumato.cli.common import Artefacts, Device, DeviceOption, Weights, load, work_folder
 
 PARTS = (
     "torch", "numpy", "opencv-python-headless", "pillow", "safetensors", "scikit-image", "scikit-learn",
@@ -138,8 +138,6 @@ def _through(artefacts: Path | None, weights: Path | None, device: Device) -> st
     from time import perf_counter
 
     import numpy as np
-
-    from sfumato.cli.common import load
 
     protected: Any = load(artefacts, weights, None, (256, 256), device)
     started = perf_counter()

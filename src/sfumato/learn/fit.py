@@ -108,8 +108,10 @@ class Trainer:
         if tail_state:
             student_tail.load_state_dict(tail_state)
         self.given = keep
-        encoder = deepcopy(obfuscator) if obfuscator is not None else Obfuscator(shape)
-        decoder = deepcopy(restorer) if restorer is not None else Restorer(encoder.shape)
+        with torch.random.fork_rng(devices=[]):  # the layers the closed-form start leaves as they are made
+            torch.manual_seed(settings.seed)
+            encoder = deepcopy(obfuscator) if obfuscator is not None else Obfuscator(shape)
+            decoder = deepcopy(restorer) if restorer is not None else Restorer(encoder.shape)
         self.student = Student(encoder, decoder, student_tail).to(device)
         self.student.obfuscator.requires_grad_(not self.given)
         decoder.allocation = self.student.obfuscator.allocation

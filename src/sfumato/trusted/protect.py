@@ -15,7 +15,7 @@ from sfumato.core import channel
 from sfumato.core.errors import ImageError
 from sfumato.core.obfuscator import Obfuscator
 from sfumato.core.release import Release
-from sfumato.core.sites import fold
+from sfumato.core.sites import fold, stack
 from sfumato.core.task import Image, Task
 from sfumato.trusted.noise import Fresh
 
@@ -68,7 +68,7 @@ class Protected:
         inputs = [self.task.preprocess(record) for record in records]
         if len({x.shape for x in inputs}) != 1:
             raise ImageError("records of several input sizes in one batch", wanted="one size", do="send them singly")
-        z: Tensor = self.head(torch.stack(inputs).to(self.obfuscator.mean.device))
+        z: Tensor = self.head(stack(inputs).to(self.obfuscator.mean.device))
         return z
 
     @torch.inference_mode()
