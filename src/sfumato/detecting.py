@@ -218,7 +218,7 @@ def side_by_side(
         (f"obfuscated, alpha {alpha:g}", draw(small, _scaled(found, scale))),
     ]
     if decoder is not None:
-        panels.append(("what a trained decoder sees", decoder.reconstruct(release, size)))
+        panels.append(("what a trained decoder recovers", decoder.reconstruct(release, size)))
     return np.concatenate([_captioned(words, picture) for words, picture in panels], axis=1)
 
 

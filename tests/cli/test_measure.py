@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,20 +222,24 @@ def test_ctrl_c_and_the_same_command_goes_on(measure: Cli, tiny: "Tiny", tmp_pat
     cache = tmp_path / "cache"  # the one of `cli`
     environment = {**os.environ, "PYTHONPATH": str(SRC), "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, "-c", MAIN, *command, "--quiet"], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", MAIN, *command, "--quiet"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     ) as job:
-        while job.poll() is None and not list(cache.rglob("*.npz")):
+        while job.poll() is None and not list(cache.rglob("fold-*.npz")):
             time.sleep(0.02)
         job.send_signal(signal.SIGINT)
         said = job.communicate()[1]
     assert job.returncode == 130, said
     assert "interrupted: the same command goes on" in said
     assert "Traceback" not in said
-    done = len(list(cache.rglob("*.npz")))
+    done = len(list(cache.rglob("fold-*.npz")))
     assert 0 < done < 10
     ran = measure("--sweep", "--json", tmp_path / "resumed.json")
     assert f"/{2 * (10 - done)} [" in ran.err
-    assert not list(cache.rglob("*.npz"))
+    assert not list(cache.rglob("fold-*.npz"))
     assert measure("--sweep", "--json", tmp_path / "whole.json").code == 0
     resumed, whole = (json.loads((tmp_path / name).read_text())["rows"] for name in ("resumed.json", "whole.json"))
     assert resumed == whole

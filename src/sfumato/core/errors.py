@@ -1,16 +1,16 @@
 """Every error sfumato raises on purpose, drawn as a tree; each carries the exit code the command line ends with.
 
-    SfumatoError                 1  the work failed
-    └── RequestError             2  the request was wrong: got / wanted / what to type
-        ├── AlphaError              alpha outside [0, 1)
-        ├── ArtefactError           not an artefact, another version, another model, damaged
-        ├── CutError                the model cannot be cut there
-        ├── DatasetError            a dataset that is absent or incomplete
-        ├── DeviceError             a device this machine does not have
-        ├── ImageError              not an image, or one out of bounds
-        ├── OutputError             the output place cannot be written
-        ├── ReleaseError            bytes that are not a release of this obfuscator
-        └── WeightsError            weights that do not fit the model
+SfumatoError                 1  the work failed
+└── RequestError             2  the request was wrong: got / wanted / what to type
+    ├── AlphaError              alpha outside [0, 1)
+    ├── ArtefactError           not an artefact, another version, another model, damaged
+    ├── CutError                the model cannot be cut there
+    ├── DatasetError            a dataset that is absent or incomplete
+    ├── DeviceError             a device this machine does not have
+    ├── ImageError              not an image, or one out of bounds
+    ├── OutputError             the output place cannot be written
+    ├── ReleaseError            bytes that are not a release of this obfuscator
+    └── WeightsError            weights that do not fit the model
 """
 
 __all__ = [
