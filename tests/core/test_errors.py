@@ -17,7 +17,7 @@ def drawn() -> dict[str, str | None]:
     tree: dict[str, str | None] = {}
     above: list[tuple[int, str]] = []
     for line in (errors.__doc__ or "").splitlines():
-        found = re.match(r"^\s+([\s│├└─]*)(\w+Error)\s+\S", line)
+        found = re.match(r"^\s*([\s│├└─]*)(\w+Error)\s+\S", line)
         if found:
             depth = line.index(found.group(2))
             above = [(d, name) for d, name in above if d < depth]

@@ -24,7 +24,6 @@ def test_fewer_channels_share_the_bits_as_alpha_rises() -> None:
     w, v = water_filling(np.geomspace(100, 0.01, 12), 12, 32.0)
     shares = [np.exp(w + a * v) / np.exp(w + a * v).sum() for a in (0.0, 0.95)]
     assert shares[1][0] > 2 * shares[0][0]
-    assert shares[1][-1] < shares[0][-1]
     assert w.sum() == pytest.approx(0, abs=1e-9)
 
 

@@ -81,14 +81,12 @@ class FaceDetection:
     def agreement(self, student: Outputs, teacher: Outputs) -> float:
         """AP at IoU .5 of the student's detections against what the teacher found (score at least .5).
 
-        Where the teacher found nothing at all: 1 if the student found nothing either, else 0.
+        Raises RequestError where the teacher found nothing at all: there is nothing to agree on.
         """
         found = [self._square(o) for o in zip(*student, strict=True)]
         truth = [self._square(o).above(FOUND).boxes for o in zip(*teacher, strict=True)]
         if not any(len(boxes) for boxes in truth):
             raise RequestError("the model finds no face in the records held out", wanted="photographs with faces")
-        if not any(len(boxes) for boxes in truth):
-            return float(not any(len(one.above(FOUND)) for one in found))
         return average_precision(found, truth)
 
     def stages(self) -> tuple[str, ...]:
