@@ -148,6 +148,7 @@ def fit(
     """
     settings, where, place = settings or Settings(), device_of(device), Path(out)
     place.mkdir(parents=True, exist_ok=True)
+    _keep_pairs(place, settings.tail, start)
     key = f"{cut.digest()}:{cut.at}"
     held = cache.build(_own(cut.head, where), task, records, place / "work", key=key, device=where, quiet=quiet)
     sizes = Shape(channels=int(held.z.shape[1]), **(shape or {}))
@@ -158,6 +159,22 @@ def fit(
     facts = {"records": len(held) // held.views, "views": held.views, "data": held.digest, **asdict(settings)}
     _write(place, cut, task, fitted, settings.tail, held.ndim, facts, half=half)
     return load(place, cut=cut, task=task, tail=settings.tail, device=str(where))
+
+
+def _keep_pairs(place: Path, tail: str, start: str | Path | None) -> None:
+    """Refuse to begin a fit that would end by replacing the client of a server that lies in the same folder."""
+    other = place / SERVERS["adapted" if tail == "frozen" else "frozen"]
+    if not other.exists() or (place / "work" / tail / "checkpoint.pt").exists():
+        return
+    if tail == "frozen" and start is not None:
+        kept = artefact.read(Path(start) / CLIENT, side="client")[0].digest
+        if kept == artefact.read(other, side="server")[0].digest:
+            return
+    raise RequestError(
+        f"{place} holds {other.name}, whose client this fit would replace",
+        wanted="a folder of its own, or a frozen tail that keeps that client",
+        do=f"another --out, or --tail frozen --start {place}",
+    )
 
 
 def _begin(start: str | Path | None, *, keep: bool) -> dict[str, Any]:

@@ -130,6 +130,16 @@ def test_other_settings_do_not_resume_a_checkpoint(fitted: Path, cut: Split) -> 
         )
 
 
+def test_a_fit_does_not_orphan_the_server_in_its_folder(fitted: Path, cut: Split, tmp_path: Path) -> None:
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    (lone / SERVERS["adapted"]).write_bytes((fitted / SERVERS["adapted"]).read_bytes())
+    with pytest.raises(RequestError, match="whose client this fit would replace"):
+        fit(
+            cut, list(digits()[0][:60]), task=TASK, out=lone, settings=Settings(tail="frozen"), device="cpu", quiet=True
+        )
+
+
 def test_no_records_is_a_clear_error(cut: Split, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no records"):
         fit(cut, [], task=TASK, out=tmp_path, device="cpu", quiet=True)
