@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sfumato.core.errors import OutputError, RequestError, SfumatoError
+from sfumato.core.errors import OutputError, RequestError
 from sfumato.core.files import atomic
 from sfumato.core.sites import fold, stack
 from sfumato.core.task import Image, Task
@@ -69,10 +69,9 @@ def build(
     meta = {"key": key, "task": repr(task), "records": total, "views": views, "z": list(probe[0].shape[1:])}
     folder.mkdir(parents=True, exist_ok=True)
     done, digests = _progress(folder, meta)
-    arrays = [
-        _open(folder / name, t, total * views, done)
-        for name, t in zip(("z.f16", "patches.f16"), probe[:2], strict=True)
-    ]
+    z = _open(folder / "z.f16", probe[0], total * views, done)
+    seen = None if probe[1] is None else _open(folder / "patches.f16", probe[1], total * views, done)
+    arrays = [z, seen]
     bar = tqdm(range(done, total), "head outputs", total=total, initial=done, disable=quiet, unit="record")
     for i in bar:
         record = records[i]
@@ -81,11 +80,7 @@ def build(
         if (i + 1) % _FLUSH_EVERY == 0 or i + 1 == total:
             _commit(folder, meta, i + 1, digests, arrays)
     digest = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
-    ndim = probe[2]
-    z = arrays[0]
-    if z is None:  # pragma: no cover
-        raise SfumatoError("the head gave no tensor")
-    return Cache(z, arrays[1], ndim, digest, views)
+    return Cache(z, seen, probe[2], digest, views)
 
 
 def _rows(
@@ -110,9 +105,7 @@ def patches(x: Tensor, z: Tensor) -> Tensor | None:
     return torch.nn.functional.pixel_unshuffle(small, PATCH)
 
 
-def _open(path: Path, like: Tensor | None, rows: int, done: int) -> np.ndarray | None:
-    if like is None:
-        return None
+def _open(path: Path, like: Tensor, rows: int, done: int) -> np.ndarray:
     shape = (rows, *like.shape[1:])
     if not (done and path.exists()):
         _reserve(path, 2 * math.prod(shape))
