@@ -4,7 +4,7 @@
 
 Knowledge distillation with hints (arXiv 1412.6550). The second pool is hinted as a whole, so the layers before it, like
 all others, find weights of their own. Crops of 512 px at a random scale, then whole photographs at 1024 px for the last
-fifth. About 73 minutes on one core of a busy two-core machine; stopped and started again it goes on from its checkpoint.
+fifth. About 73 minutes on one core of a busy two-core machine; started again it goes on from its checkpoint.
 
     python benchmarks/train_faceboxes.py --teacher FaceBoxesProd.pth --photos A --photos B --out DIR/own.safetensors
 """
