@@ -7,12 +7,10 @@ devices and dtypes that the tail needs beside it are read off the crossing tenso
 """
 
 import difflib
-import operator
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,7 +18,9 @@ from torch import Tensor, fx, nn
 from sfumato.core import plan as look
 from sfumato.core.digest import digest_of
 from sfumato.core.errors import CutError
-from sfumato.core.plan import Inputs, Plan, Tracer, UntraceableError
+from sfumato.core.knife import Followed, Knife, Side, described, drop_unused, held, settle
+from sfumato.core.plan import Inputs, Plan
+from sfumato.core.tracer import Tracer, UntraceableError, lookalike
 
 OWN = "forward_head"
 _SHOWN = 8
@@ -35,9 +35,6 @@ _CONTAINERS = (
 )
 _TUPLES = (nn.RNNBase, nn.MultiheadAttention)
 _FOLDABLE = (2, 3, 4)  # [N, C], [N, T, C], [N, C, h, w]: what core.sites can fold
-_IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
-_IN_PLACE |= {operator.iand, operator.ior, operator.ixor, operator.setitem}
-_FACTS = ("shape", "ndim", "device", "dtype")
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def split(model: nn.Module, *, at: str | None = None, example: Tensor | Inputs |
                 wanted="a forward whose hooks and random numbers, if any, are those of its submodules",
             )
     for side in (found.head, found.tail):
-        _settle(side, model)
+        settle(side, model)
     return found
 
 
@@ -95,26 +92,6 @@ def _inputs(example: Tensor | Inputs | None) -> Inputs | None:
 
 
 # --- the sides -----------------------------------------------------------------------------------------------------
-
-
-class Side(fx.GraphModule):
-    """Head or tail: a graph over the model's own submodules and tensors, under the model's own names."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Side":
-        twin = cast("Side", super().__deepcopy__(memo))
-        _settle(twin, self)
-        return twin
-
-
-def _settle(side: nn.Module, model: nn.Module) -> None:
-    """Containers that torch.fx rebuilt get the model's mode, and save only what the model saves."""
-    originals = dict(model.named_modules())
-    for name, module in side.named_modules():
-        twin = originals.get(name)
-        if twin is not module:
-            module.training = model.training if twin is None else twin.training
-            saved = set() if twin is None else set(twin._buffers) - twin._non_persistent_buffers_set
-            module._non_persistent_buffers_set |= set(module._buffers) - saved
 
 
 def _found(model: nn.Module, at: str | None, inputs: Inputs | None) -> Split:
@@ -139,34 +116,14 @@ def _method(model: nn.Module, method: str, inputs: Inputs | None) -> nn.Module:
     try:
         graph, root = Tracer(inputs, None, method).follow(model, frozenset())
     except UntraceableError:
-        whole = look.lookalike(model, {"forward": getattr(type(model), method)})
+        whole = lookalike(model, {"forward": getattr(type(model), method)})
         vars(whole).pop("forward", None)
         return whole
-    _drop_unused(graph)
+    drop_unused(graph)
     return Side(root, graph, type(model).__name__)
 
 
-def _drop_unused(graph: fx.Graph) -> None:
-    for node in reversed(graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
-
-
 # --- one model under the knife -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Followed:
-    """A graph of the model's forward, the module that holds what it names, and how it was found.
-
-    `ranks` are those of the inputs where the graph depends on them; `flat` where its output has lost its structure.
-    """
-
-    graph: fx.Graph
-    root: nn.Module
-    route: str
-    ranks: tuple[int, ...] = ()
-    flat: bool = False
 
 
 class _Block:
@@ -177,7 +134,7 @@ class _Block:
         self.seen = look.walk(model, inputs) if inputs else None
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.first_name = {id(module): name for name, module in reversed(self.modules.items())}
-        self.traces: dict[frozenset[int], _Followed | UntraceableError] = {}
+        self.traces: dict[frozenset[int], Followed | UntraceableError] = {}
 
     def smallest(self) -> str:
         """The cut with the fewest bytes a record in the first half of the multiply-adds; the deepest of equals."""
@@ -193,7 +150,7 @@ class _Block:
         """The valid cuts after which there is work left and whose tensor can be obfuscated."""
         return [plan for at, knife in self.valid() if (plan := self.plan(at, knife))]
 
-    def plan(self, at: str, knife: "_Knife") -> Plan | None:
+    def plan(self, at: str, knife: "Knife") -> Plan | None:
         if self.seen is None or self.inputs is None or not knife.leaves_work:
             return None
         visit = self.seen.visits[at][0]
@@ -205,10 +162,10 @@ class _Block:
                 return look.measured(*knife.sides(), at, knife.route, self.inputs)
             except CutError:
                 return None
-        head, tail = (_held(graph, knife.root) for graph in (knife.head(), knife.tail()))
+        head, tail = (held(graph, knife.root) for graph in (knife.head(), knife.tail()))
         return Plan(at, knife.route, tuple(z.shape), head, tail, visit.macs, self.seen.macs - visit.macs)
 
-    def valid(self) -> Iterator[tuple[str, "_Knife"]]:
+    def valid(self) -> Iterator[tuple[str, "Knife"]]:
         for name in [name for name, module in self.model.named_modules() if module is not self.model]:
             try:
                 yield name, self.knife(name, thorough=False)
@@ -226,7 +183,7 @@ class _Block:
         wanted = _choice(sorted(works[:_SHOWN], key=order.index), len(works) - _SHOWN) if works or self.seen else ""
         return CutError(error.got + meant, wanted=wanted, do=do)
 
-    def knife(self, at: str, *, thorough: bool = True) -> "_Knife":
+    def knife(self, at: str, *, thorough: bool = True) -> "Knife":
         """Raises CutError. Unless `thorough`, torch.export is tried only where torch.fx fails on the whole model."""
         self.check(at)
         inside = self.inside(at)
@@ -234,13 +191,13 @@ class _Block:
             followed = self.trace(inside)
             cut = self.call(followed, at)
         except UntraceableError as why:
-            if not thorough and isinstance(self.traces.get(frozenset([id(self.model)])), _Followed):
+            if not thorough and isinstance(self.traces.get(frozenset([id(self.model)])), Followed):
                 raise CutError(str(why)) from why
             followed = self.exported(why)
             cut = self.exit(followed, at)
-        knife = _Knife(followed, cut, at)
+        knife = Knife(followed, cut, at)
         if knife.crossing:
-            names = ", ".join(_described(node) for node in knife.crossing[:3])
+            names = ", ".join(described(node) for node in knife.crossing[:3])
             raise CutError(f"'{at}' lies under a skip connection: beside its output the tail needs {names}")
         return knife
 
@@ -268,14 +225,14 @@ class _Block:
                 raise CutError(f"'{at}' is part of {kind.__name__} '{name}', which PyTorch computes in one piece")
         return frozenset(id(self.modules[name]) for name in above)
 
-    def trace(self, inside: frozenset[int]) -> _Followed:
+    def trace(self, inside: frozenset[int]) -> Followed:
         """torch.fx through the modules of `inside`. Raises UntraceableError."""
         if inside not in self.traces:
             tracer = Tracer(self.inputs, self.seen)
             try:
                 graph, root = tracer.follow(self.model, inside)
                 ranks = tuple(x.ndim for x in self.inputs or ()) if tracer.ranked else ()
-                self.traces[inside] = _Followed(graph, root, "fx", ranks)
+                self.traces[inside] = Followed(graph, root, "fx", ranks)
             except UntraceableError as why:
                 self.traces[inside] = why
         found = self.traces[inside]
@@ -283,7 +240,7 @@ class _Block:
             raise found
         return found
 
-    def call(self, followed: _Followed, at: str) -> fx.Node:
+    def call(self, followed: Followed, at: str) -> fx.Node:
         """The one call of the submodule in a graph by torch.fx."""
         paths = {name for name, module in followed.root.named_modules() if module is self.modules[at]}
         calls: list[fx.Node] = [n for n in followed.graph.nodes if n.op == "call_module" and n.target in paths]
@@ -291,7 +248,7 @@ class _Block:
             raise _times(at, len(calls))
         return calls[0]
 
-    def exported(self, why: UntraceableError) -> _Followed:
+    def exported(self, why: UntraceableError) -> Followed:
         """torch.export through the whole model; sizes stay free where its forward lets them. Raises CutError."""
         name = type(self.model).__name__
         if not self.inputs:
@@ -303,7 +260,7 @@ class _Block:
             raise CutError(f"neither torch.fx ({why}) nor torch.export ({found}) can follow {name}")
         return found
 
-    def exit(self, followed: _Followed, at: str) -> fx.Node:
+    def exit(self, followed: Followed, at: str) -> fx.Node:
         """The last value that leaves the submodule in a graph by torch.export."""
         names = {name for name, module in self.modules.items() if module is self.modules[at]}
         nodes = [n for n in followed.graph.nodes if names & {p for p, _ in n.meta.get("nn_module_stack", {}).values()}]
@@ -314,7 +271,7 @@ class _Block:
         return leaving[-1]
 
 
-def _exported(model: nn.Module, inputs: Inputs) -> _Followed | UntraceableError:
+def _exported(model: nn.Module, inputs: Inputs) -> Followed | UntraceableError:
     """A batch of one would be taken for a constant, so it is doubled."""
     several = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)
     free = tuple(dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) for x in several)
@@ -325,7 +282,7 @@ def _exported(model: nn.Module, inputs: Inputs) -> _Followed | UntraceableError:
     except Exception as error:
         return UntraceableError(look.brief(error))
     root._structure = look.Structure(root.graph._codegen.pytree_info.out_spec)
-    return _Followed(root.graph, root, "export", flat=True)
+    return Followed(root.graph, root, "export", flat=True)
 
 
 def _times(at: str, calls: int) -> CutError:
@@ -338,152 +295,3 @@ def _choice(names: list[str], more: int = 0) -> str:
     if not names:
         return "another model: this one has no valid cut"
     return f"a cut that works: {', '.join(names)}{f' and {more} more' if more > 0 else ''}"
-
-
-def _described(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return f"the input '{node.target}'"
-    return f"the output of '{node.target}'" if node.op == "call_module" else f"the value '{node.name}'"
-
-
-def _held(graph: fx.Graph, root: nn.Module) -> int:
-    """Parameters of what a graph names, each counted once."""
-    direct = dict(root.named_parameters(remove_duplicate=False))
-    held: dict[int, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            held.update({id(p): p.numel() for p in root.get_submodule(str(node.target)).parameters()})
-        elif node.op == "get_attr" and node.target in direct:
-            held[id(direct[node.target])] = direct[node.target].numel()
-    return sum(held.values())
-
-
-def _asked(node: fx.Node) -> tuple[fx.Node, Any] | None:
-    """(tensor, fact) of a node that asks a tensor for its shape, one or some of its sizes, its device or its dtype."""
-    source, fact = (*node.args, None, None)[:2]
-    if node.op == "call_method" and node.target in ("size", "dim"):
-        fact = "ndim" if node.target == "dim" else node.kwargs.get("dim", "shape") if fact is None else fact
-    elif node.target is operator.getitem and isinstance(source, fx.Node) and (whole := _asked(source)):
-        source, fact = (whole[0], fact) if whole[1] == "shape" else (None, None)
-    elif not (node.target is torch.ops.aten.sym_size.int or (node.target is getattr and fact in _FACTS)):
-        return None
-    parts = (fact.start, fact.stop, fact.step) if isinstance(fact, slice) else (fact,)
-    constant = all(isinstance(part, int | str | None) for part in parts)
-    return (source, fact) if isinstance(source, fx.Node) and constant and fact is not None else None
-
-
-def _draws(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and any(w in str(node.target) for w in ("rand", "bernoulli"))
-
-
-class _Knife:
-    """A graph and the node to cut after. Both sides keep the program's order, so that writes in place stay right."""
-
-    def __init__(self, followed: _Followed, cut: fx.Node, at: str) -> None:
-        nodes = list(followed.graph.nodes)
-        self.root, self.route, self.ranks, self.flat = followed.root, followed.route, followed.ranks, followed.flat
-        self.cut, self.at = cut, at
-        self.before, self.after = nodes[: nodes.index(cut)], nodes[nodes.index(cut) + 1 :]
-
-    @property
-    def leaves_work(self) -> bool:
-        return any(node.op in ("call_module", "get_attr") for node in (*self.borrowed, *self.after))
-
-    @cached_property
-    def borrowable(self) -> set[fx.Node]:
-        """What the tail can make for itself: weights, facts of a tensor, and what is computed from these alone."""
-        free: set[fx.Node] = set()
-        for node in self.before:
-            changes = _draws(node) or any(self.writes(n) for n in (node, *node.users))
-            known = node.op not in ("placeholder", "output") and all(n in free for n in node.all_input_nodes)
-            if node.op == "get_attr" or (not changes and (known or _asked(node))):
-                free.add(node)
-        return free
-
-    @cached_property
-    def needed(self) -> list[fx.Node]:
-        """Values of the head, beside the crossing tensor, that the tail reads."""
-        after = set(self.after)
-        return [node for node in self.before if after & set(node.users)]
-
-    @property
-    def crossing(self) -> list[fx.Node]:
-        return [node for node in self.needed if node not in self.borrowable]
-
-    @cached_property
-    def borrowed(self) -> list[fx.Node]:
-        """What the tail makes for itself, in order."""
-        wanted = set(self.needed)
-        for node in reversed(self.before):
-            if node in wanted:
-                asked = self.asked(node)
-                wanted |= {n for n in node.all_input_nodes if not (asked and n is asked[0])}
-        return [node for node in self.before if node in wanted]
-
-    def asked(self, node: fx.Node) -> tuple[fx.Node, Any] | None:
-        """The tensor of the head that a borrowed node asks for a fact; None where the tail has that tensor itself."""
-        asked = _asked(node)
-        return None if asked and asked[0] in self.borrowable else asked
-
-    @cached_property
-    def facts(self) -> list[tuple[fx.Node, Any]]:
-        """(tensor, fact) for every fact of the head's tensors that the tail will read off the crossing tensor."""
-        readers, facts = {*self.borrowed, *self.after}, []
-        for node in self.borrowed:
-            if asked := self.asked(node):
-                whole = asked[1] == "shape"
-                finer = [_asked(user) or asked for user in node.users if user in readers] if whole else [asked]
-                facts += [fact for fact in finer if fact not in facts]
-        return facts
-
-    def writes(self, node: fx.Node) -> bool:
-        """Whether a node may change what it is given."""
-        if node.op == "call_module":
-            held = self.root.get_submodule(str(node.target)).modules()
-            return any(getattr(module, "inplace", False) is True for module in held)
-        if isinstance(node.target, torch._ops.OpOverload):
-            return bool(node.target._schema.is_mutable)
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        trailing = node.op.startswith("call") and name.endswith("_") and not name.endswith("__")
-        return trailing or node.target in _IN_PLACE or node.kwargs.get("inplace") is True
-
-    def kept(self) -> set[fx.Node]:
-        """What the head runs: all that the cut needs, and all that runs for its effect."""
-        kept = {self.cut, *(source for source, _ in self.facts)}
-        kept |= {n for n in self.before if n.op.startswith("call") and (not n.users or self.writes(n))}
-        for node in reversed([*self.before, self.cut]):
-            if node in kept:
-                kept |= set(node.all_input_nodes)
-        return kept
-
-    def head(self) -> fx.Graph:
-        graph, env, kept = fx.Graph(), cast(dict[fx.Node, fx.Node], {}), self.kept()
-        for node in (n for n in self.before if n.op == "placeholder"):
-            env[node] = graph.node_copy(node)
-        for node, rank in zip(list(env.values()), self.ranks, strict=False):
-            look.check(graph, look.same_rank, node, rank)
-        for node in [*self.before, self.cut]:
-            if node in kept and node not in env:
-                env[node] = graph.node_copy(node, env.__getitem__)
-        for source, fact in self.facts:
-            look.check(graph, look.agree, env[source], env[self.cut], fact)
-        graph.output(look.check(graph, look.one_tensor, env[self.cut], self.at))
-        return graph
-
-    def tail(self) -> fx.Graph:
-        graph = fx.Graph()
-        z = graph.placeholder("z")
-        env = {self.cut: graph.call_method("clone", (z,)) if any(self.writes(n) for n in self.after) else z}
-        for node in self.borrowed:
-            asked = self.asked(node)
-            env[node] = graph.node_copy(node, lambda n: env[self.cut if asked and n is asked[0] else n])  # noqa: B023
-        for node in (n for n in self.after[:-1] if n.users or n.op != "get_attr"):
-            env[node] = graph.node_copy(node, env.__getitem__)
-        out = fx.node.map_arg(self.after[-1].args[0], env.__getitem__)
-        if self.flat:
-            out = look.check(graph, look.unflattened, out, graph.create_node("get_attr", "_structure"))
-        graph.output(out)
-        return graph
-
-    def sides(self) -> tuple[Side, Side]:
-        return Side(self.root, self.head(), "Head"), Side(self.root, self.tail(), "Tail")
