@@ -141,9 +141,9 @@ def fit(
 ) -> Protected:
     """Fit to `records` and write the artefacts to `out`; the same call after a kill resumes. Raises RequestError.
 
-    `start`: a folder of artefacts. With an adapted tail the fit begins from them (another model of the same
-    architecture, or other records); with a frozen tail their obfuscator is kept as it is: one client serves both kinds
-    of server.
+    `start`: a folder of artefacts. With an adapted tail the fit begins from their obfuscator and restorer, and from
+    their tail where they were fitted to this very model, from that of `cut` where not; with a frozen tail their
+    obfuscator is kept as it is: one client serves both kinds of server.
     `out/work` holds the head's clean outputs and the checkpoint: it belongs inside the trust zone.
     """
     settings, where, place = settings or Settings(), device_of(device), Path(out)
@@ -152,7 +152,7 @@ def fit(
     key = f"{cut.digest()}:{cut.at}"
     held = cache.build(_own(cut.head, where), task, records, place / "work", key=key, device=where, quiet=quiet)
     sizes = Shape(channels=int(held.z.shape[1]), **(shape or {}))
-    begun = _begin(start, keep=settings.tail == "frozen")
+    begun = _begin(start, cut, keep=settings.tail == "frozen")
     work = place / "work" / settings.tail
     work.mkdir(parents=True, exist_ok=True)
     fitted = Trainer(cut.tail, task, held, work, settings, sizes, device=where, quiet=quiet, **begun).run()
@@ -177,7 +177,7 @@ def _keep_pairs(place: Path, tail: str, start: str | Path | None) -> None:
     )
 
 
-def _begin(start: str | Path | None, *, keep: bool) -> dict[str, Any]:
+def _begin(start: str | Path | None, cut: Split, *, keep: bool) -> dict[str, Any]:
     """What a fit starts from: the modules of an earlier one, its obfuscator kept as it is or not."""
     if start is None:
         return {}
@@ -187,7 +187,8 @@ def _begin(start: str | Path | None, *, keep: bool) -> dict[str, Any]:
     _, server = artefact.read(Path(start) / SERVERS["adapted"], side="server")
     restorer = Restorer(header.shape)
     restorer.load_state_dict(_under("restorer.", server))
-    tail = {} if keep else _under("tail.", server)
+    same = header.model_digest == cut.digest() and not keep
+    tail = _under("tail.", server) if same else {}
     return {"obfuscator": obfuscator, "restorer": restorer, "keep": keep, "tail_state": tail}
 
 

@@ -328,7 +328,7 @@ HOSTILE = {
     "nan": ("client", edited("client", lambda t: t.update({"linear.bias": NAN})), "not finite"),
     "inf": ("server", edited("server", lambda t: t.update({"restorer.mean": INF})), "not finite"),
     "nan in the tail": ("server", edited("server", lambda t: t.update({"tail.x": NAN.half()})), "not finite"),
-    "no restorer": ("server", edited("server", lambda t: t.pop("restorer.mix.bias")), "1 tensors missing"),
+    "no restorer": ("server", edited("server", lambda t: t.pop("restorer.near.mix.bias")), "1 tensors missing"),
     "beside the tail": ("server", edited("server", lambda t: t.update(tailor=torch.ones(1))), "too many"),
     "a nameless tail": ("server", edited("server", lambda t: t.update({"tail.": torch.ones(1)})), "a torch module"),
     "a complex tail": ("server", edited("server", lambda t: t.update({"tail.x": torch.ones(1) * 1j})), "torch module"),

@@ -70,6 +70,18 @@ def test_allocation_spends_the_budget(w: list[float], alpha: float, c_ref: float
     np.testing.assert_allclose(bits.sum(1), [(1 - alpha) * c_ref, c_ref], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8, 0.99])
+def test_allocation_is_water_poured_over_the_levels(alpha: float) -> None:
+    draw = np.random.default_rng(0)
+    w, v = draw.normal(0, 2, (2, 9))
+    low, high = -100.0, 100.0  # theta by bisection
+    for _ in range(200):
+        theta = (low + high) / 2
+        low, high = (theta, high) if np.maximum(0, w + alpha * v - theta).sum() > (1 - alpha) * 16 else (low, theta)
+    got = channel.allocate(torch.tensor(w), torch.tensor(v), torch.tensor([alpha], dtype=torch.float64), 16.0)[0]
+    np.testing.assert_allclose(got, np.maximum(0, w + alpha * v - theta), atol=1e-9)
+
+
 @steady
 @given(w=weights, a=st.floats(0, 0.999), b=st.floats(0, 0.999), c_ref=budgets)
 def test_capacity_falls_with_alpha(w: list[float], a: float, b: float, c_ref: float) -> None:

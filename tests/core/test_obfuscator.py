@@ -44,7 +44,7 @@ def driven(sign: float, shape: Shape = SHAPE) -> Obfuscator:
 @given(size=sizes, scale=st.sampled_from([0.0, 1.0, 1e3, 1e6, 1e30, 3e38]), seed=st.integers(0, 99))
 def test_signal_is_bounded(size: tuple[int, int], scale: float, seed: int) -> None:
     z = (random(2, 6, *size, seed=seed) * scale).clamp(-3e38, 3e38)
-    b = obfuscator(seed).signal(z)
+    b = obfuscator(seed).signal(z, torch.tensor([0.0, 0.9]))
     assert b.shape == (2, 5, *size) and bool((b.abs() <= SHAPE.bound).all())
 
 
@@ -53,7 +53,8 @@ def test_what_is_no_number_leaves_no_mark(bad: float) -> None:
     z = random(1, 6, 8, 8)
     z[0, 3, 4, 4] = bad
     made, noise = obfuscator(), random(1, 5, 8, 8, seed=1)
-    b, y = made.signal(z), made(z, torch.tensor([0.5]), noise)
+    a = torch.tensor([0.5])
+    b, y = made.signal(z, a), made(z, a, noise)
     assert bool((b.abs() <= SHAPE.bound).all()) and bool(torch.isfinite(y).all())
     other = made.codes(z, torch.tensor([0.5]), noise + 1)
     assert bool((other != made.codes(z, torch.tensor([0.5]), noise)).all())  # noise touches every code
@@ -128,7 +129,7 @@ def test_a_batch_of_alphas_is_each_alone(alpha: list[float], size: tuple[int, in
     together = made(z, a, noise)
     for i in range(n):
         alone = made(z[i : i + 1], a[i : i + 1], noise[i : i + 1])
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
         one = made.codes(z[i : i + 1], a[i : i + 1], noise[i : i + 1]).int()
         assert int((made.codes(z, a, noise)[i : i + 1].int() - one).abs().max()) <= 1
 
@@ -139,7 +140,7 @@ def test_alpha_changes_the_signal_not_the_noise() -> None:
     for alpha in (0.0, 0.5, 0.9):
         a = torch.tensor([alpha])
         gain = channel.gain(made.allocation(a), SHAPE.bound)[:, :, None, None]
-        torch.testing.assert_close(made(z, a, noise) - gain * made.signal(z), noise, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(made(z, a, noise) - gain * made.signal(z, a), noise, rtol=1e-5, atol=1e-5)
         assert torch.equal(made(z, a, noise), made(z, a, noise))  # the module draws nothing of its own
 
 
@@ -151,7 +152,7 @@ def test_both_sides_know_the_same_step() -> None:
 
 
 def test_gradients_reach_every_weight() -> None:
-    made = Obfuscator(SHAPE)
+    made = obfuscator().requires_grad_(True)
     made(random(2, 6, 3, 3), torch.tensor([0.2, 0.7]), random(2, 5, 3, 3, seed=1)).square().mean().backward()
     for name, weight in made.named_parameters():
         assert weight.grad is not None and bool(torch.isfinite(weight.grad).all()), name

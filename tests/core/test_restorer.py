@@ -28,7 +28,8 @@ def restorer(seed: int = 0) -> Restorer:
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
 def test_wiener_is_the_least_squares_estimate(alpha: float) -> None:
     made, a = restorer(), torch.tensor([alpha])
-    deviation = (0.5 * made.log_variance).exp()[None, :, None, None]
+    made.growth.zero_()  # the units of alpha itself
+    deviation = (0.5 * (made.log_variance + alpha * made.variance_growth)).exp()[None, :, None, None]
     b = random(1, 5, 200, 200, seed=1) * deviation
     y = channel.gain(made.allocation(a), SHAPE.bound)[:, :, None, None] * b + random(1, 5, 200, 200, seed=2)
     estimate = made.wiener(y, a)
@@ -62,7 +63,7 @@ def test_restore_dequantises_with_the_step() -> None:
 
 
 def test_gradients_reach_every_weight() -> None:
-    made = Restorer(SHAPE)
+    made = restorer().requires_grad_(True)
     made(random(2, 5, 4, 4), torch.tensor([0.2, 0.7])).square().mean().backward()
     for name, weight in made.named_parameters():
         assert weight.grad is not None and bool(torch.isfinite(weight.grad).all()), name

@@ -26,7 +26,7 @@ def fit(
     seed: Annotated[int, typer.Option(min=0, help="The same seed and data give the same artefacts.")] = 0,
     privacy: Annotated[
         float, typer.Option(min=0.0, max=100.0, help="Weight of the adversary that rebuilds the picture.")
-    ] = 1.0,
+    ] = 0.5,
     size: Annotated[int, typer.Option(min=128, max=4096, help="Side of the input in pixels while fitting.")] = 1024,
     decoder_steps: Annotated[
         int, typer.Option(min=0, help="Train an attacker's decoder for so many steps afterwards: decoder.safetensors.")

@@ -5,12 +5,17 @@ A site sends y = g b + eps with |b| <= B and eps ~ N(0, I), so for every input d
     I(X; Y) <= sum_i 1/2 log2(1 + E[(g_i b_i)^2]) <= sum_i 1/2 log2(1 + g_i^2 B^2) = sum_i c_i        (capacity)
 
 with c_i the bits a channel may carry and g_i = sqrt(2^(2 c_i) - 1) / B the gain that spends exactly c_i. The bits are
-shares of a budget, c = (1 - alpha) C_ref softmax(w + alpha v), so alpha is the share of the bits withheld.
+poured as water,
+
+    c_i = max(0, w_i + alpha v_i - theta),    sum_i c_i = (1 - alpha) C_ref                            (allocation)
+
+so alpha is the share of the bits withheld, and where bits are few they go to the channels that matter most.
 K releases of one record under fresh noise multiply the signal-to-noise ratio by K at most:
 
     c_i(K) = 1/2 log2(1 + K g_i^2 B^2)                                                                 (repeats)
 
-Source: Cover & Thomas, Elements of Information Theory, 2nd ed., section 9.1 and 9.4 (parallel Gaussian channels).
+Sources: Cover & Thomas, Elements of Information Theory, 2nd ed., sections 9.1 and 9.4 (parallel Gaussian channels) and
+10.3.3 (reverse water-filling); arXiv 1602.02068, algorithm 1 (theta by sorting).
 Derivation: docs/mechanism.md.
 """
 
@@ -49,9 +54,15 @@ def as_alpha(alpha: Alpha, records: int, device: torch.device | str = "cpu") -> 
 
 
 def allocate(w: Tensor, v: Tensor, alpha: Tensor, c_ref: float) -> Tensor:
-    """c = (1 - alpha) C_ref softmax(w + alpha v): bits per site and channel, [N, k] for alpha [N]."""
+    """c = max(0, w + alpha v - theta), theta such that they sum to (1 - alpha) C_ref: [N, k] for alpha [N]."""
     a = alpha[:, None]
-    return (1 - a) * c_ref * torch.softmax(w + a * v, dim=1)
+    levels = w + a * v
+    levels = levels - levels.amax(1, keepdim=True)  # the few bits left near alpha 1 keep their digits
+    ordered = levels.sort(dim=1, descending=True).values
+    count = torch.arange(1, levels.shape[1] + 1, device=levels.device)
+    waters = (ordered.cumsum(1) - (1 - a) * c_ref) / count  # theta, were the `count` highest levels the active ones
+    active = (ordered > waters).sum(1, keepdim=True).clamp_min(1)  # 0 only of levels that are no numbers
+    return torch.relu(levels - waters.gather(1, active - 1))
 
 
 def snr(bits: Tensor) -> Tensor:

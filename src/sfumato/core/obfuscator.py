@@ -1,8 +1,9 @@
 """y = g(alpha) b + eps, b = B tanh(u / B): the signal is learned, the noise is fixed, so the capacity is capped.
 
-The encoder u = V n + R(n), n = (z - mean) / std, is linear (V, a 1x1 convolution) plus a small context branch R (1x1,
-ReLU, depthwise 5x5, ReLU, 1x1) that lets a site say what its neighbourhood shows. The cap of `core.channel` needs
-|b| <= B only, so it holds for any encoder. This module never draws noise: production noise comes from `trusted.noise`.
+The encoder u = e^(alpha r) (V n + R(n, alpha)), n = (z - mean) / std, is linear (V, a 1x1 convolution) plus a small
+context branch R that lets a site say what its neighbourhood shows; r lets a signal fill its bound where bits are few.
+The cap of `core.channel` needs |b| <= B only, so it holds for any encoder, and alpha is public. This module never draws
+noise: production noise comes from `trusted.noise`.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.core import channel
+from sfumato.core.film import Film
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,14 @@ class Shape:
     k: int = 64
     bound: float = 2.0
     c_ref: float = 64.0
-    context: int = 64
+    context: int = 96
 
     def as_dict(self) -> dict[str, int | float]:
         return asdict(self)
 
 
 class Allocation(nn.Module):
-    """Bits per channel as a function of alpha, c = (1 - alpha) C_ref softmax(w + alpha v); both sides hold a copy."""
+    """Bits per channel as a function of alpha, c = max(0, w + alpha v - theta); both sides hold a copy."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -46,6 +48,27 @@ class Allocation(nn.Module):
         return channel.step(bits, self.shape.bound)[:, :, None, None]
 
 
+class Context(nn.Module):
+    """R(n, alpha): 1x1, then twice a depthwise 5x5 and a 1x1; a site's answer draws on the 9x9 sites around it."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        m = shape.context
+        self.enter = nn.Conv2d(shape.channels, m, 1)
+        self.near, self.near_film = nn.Conv2d(m, m, 5, padding=2, groups=m), Film(m)
+        self.between = nn.Conv2d(m, m, 1)
+        self.far, self.far_film = nn.Conv2d(m, m, 5, padding=2, groups=m), Film(m)
+        self.leave = nn.Conv2d(m, shape.k, 1)
+
+    def forward(self, n: Tensor, alpha: Tensor) -> Tensor:
+        h = torch.relu(self.enter(n))
+        h = torch.relu(self.near_film(self.near(h), alpha))
+        h = torch.relu(self.between(h))
+        h = torch.relu(self.far_film(self.far(h), alpha))
+        answer: Tensor = self.leave(h)
+        return answer
+
+
 class Obfuscator(nn.Module):
     """z [N, C, h, w] -> codes int8 [N, k, h, w]; any h and w, CPU or CUDA, one alpha or one per record."""
 
@@ -55,37 +78,32 @@ class Obfuscator(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
-        c, k, m = shape.channels, shape.k, shape.context
-        self.register_buffer("mean", torch.zeros(c))
-        self.register_buffer("std", torch.ones(c))
-        self.linear = nn.Conv2d(c, k, 1)
-        self.context = nn.Sequential(
-            nn.Conv2d(c, m, 1),
-            nn.ReLU(),
-            nn.Conv2d(m, m, 5, padding=2, groups=m),
-            nn.ReLU(),
-            nn.Conv2d(m, k, 1),
-        )
+        self.register_buffer("mean", torch.zeros(shape.channels))
+        self.register_buffer("std", torch.ones(shape.channels))
+        self.linear = nn.Conv2d(shape.channels, shape.k, 1)
+        self.context = Context(shape)
+        self.growth = nn.Parameter(torch.zeros(shape.k))
         self.allocation = Allocation(shape)
 
-    def signal(self, z: Tensor) -> Tensor:
-        """b = B tanh(u / B), |b| <= B: [N, C, h, w] -> [N, k, h, w].
+    def signal(self, z: Tensor, alpha: Tensor) -> Tensor:
+        """b = B tanh(u / B), |b| <= B: [N, C, h, w] and [N] -> [N, k, h, w].
 
         A u that is not a number becomes 0: a nan would cross the wire as a code no noise has touched.
         """
         n = (z - self.mean[:, None, None]) / self.std[:, None, None]
-        u = torch.nan_to_num(self.linear(n) + self.context(n))
+        scale = torch.exp(alpha[:, None] * self.growth)[:, :, None, None]
+        u = torch.nan_to_num(scale * (self.linear(n) + self.context(n, alpha)))
         return self.shape.bound * torch.tanh(u / self.shape.bound)
 
     def forward(self, z: Tensor, alpha: Tensor, noise: Tensor) -> Tensor:
         """y = g b + eps before quantisation; alpha [N], noise of the shape of y."""
         gain = channel.gain(self.allocation(alpha), self.shape.bound)[:, :, None, None]
-        return gain * self.signal(z) + noise
+        return torch.addcmul(noise, gain, self.signal(z, alpha))
 
     def codes(self, z: Tensor, alpha: Tensor, noise: Tensor) -> Tensor:
         """int8(y / step), what leaves."""
-        y: Tensor = self(z, alpha, noise) / self.allocation.steps(alpha)
-        return y.round().clamp(-channel.INT8_MAX, channel.INT8_MAX).to(torch.int8)
+        y: Tensor = self(z, alpha, noise)
+        return (y / self.allocation.steps(alpha)).round_().clamp_(-channel.INT8_MAX, channel.INT8_MAX).to(torch.int8)
 
     def bits_per_site(self, alpha: channel.Alpha, *, releases: int = 1) -> Tensor:
         """Capacity of one site in bits, [N]; of `releases` fresh releases of the same record together."""

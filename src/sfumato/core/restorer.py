@@ -1,18 +1,32 @@
 """z' = mean + std (W x + F(x)), x the Wiener estimate of b: what the outside makes of a release.
 
-    x_i = y_i g_i s_i^2 / (g_i^2 s_i^2 + 1)        Wiener scaling, s_i^2 the signal's variance (learned)
+    x_i = e^(alpha q_i) y_i g_i s_i^2 / (g_i^2 s_i^2 + 1)        Wiener scaling
+    s_i^2 = e^(p_i + alpha r_i)                                  the signal's variance; p, q, r learned
 
-F is a depthwise 5x5 refinement, modulated by alpha (FiLM, arXiv 1709.07871), and a 1x1 convolution. It computes on the
-release alone, so by the data-processing inequality it adds no information.
+F is two depthwise 5x5 refinements, modulated by alpha, each with a 1x1 convolution. It computes on the release alone,
+so by the data-processing inequality it adds no information.
 """
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.core import channel
+from sfumato.core.film import Film
 from sfumato.core.obfuscator import Allocation, Shape
 
-_FILM_WIDTH = 32
+
+class Refinement(nn.Module):
+    """x + M relu(film(D x)), D depthwise 5x5 and M 1x1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
+        self.film = Film(channels)
+        self.mix = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, alpha: Tensor) -> Tensor:
+        refined: Tensor = x + self.mix(torch.relu(self.film(self.depthwise(x), alpha)))
+        return refined
 
 
 class Restorer(nn.Module):
@@ -29,24 +43,24 @@ class Restorer(nn.Module):
         self.register_buffer("std", torch.ones(c))
         self.allocation = Allocation(shape)
         self.log_variance = nn.Parameter(torch.zeros(shape.k))
+        self.variance_growth = nn.Parameter(torch.zeros(shape.k))
+        self.growth = nn.Parameter(torch.zeros(shape.k))
         self.lift = nn.Conv2d(shape.k, c, 1)
-        self.depthwise = nn.Conv2d(c, c, 5, padding=2, groups=c)
-        self.film = nn.Sequential(nn.Linear(2, _FILM_WIDTH), nn.ReLU(), nn.Linear(_FILM_WIDTH, 2 * c))
-        self.mix = nn.Conv2d(c, c, 1)
+        self.near = Refinement(c)
+        self.far = Refinement(c)
 
     def wiener(self, y: Tensor, alpha: Tensor) -> Tensor:
-        """Linear least-squares estimate of b from y = g b + eps."""
+        """Linear least-squares estimate of b from y = g b + eps, in the units of alpha 0."""
+        a = alpha[:, None]
         gain = channel.gain(self.allocation(alpha), self.shape.bound)
-        power = self.log_variance.exp()
-        return y * (gain * power / (gain**2 * power + 1))[:, :, None, None]
+        power = torch.exp(self.log_variance + a * self.variance_growth)
+        scale = torch.exp(a * self.growth) * gain * power / (gain**2 * power + 1)
+        return y * scale[:, :, None, None]
 
     def forward(self, y: Tensor, alpha: Tensor) -> Tensor:
         """y float [N, k, h, w] (codes times step) -> z' [N, C, h, w]."""
-        base: Tensor = self.lift(self.wiener(y, alpha))
-        scale, shift = self.film(torch.stack([alpha, torch.log1p(-alpha)], 1)).chunk(2, dim=1)
-        hidden = torch.relu(self.depthwise(base) * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
-        restored: Tensor = self.mean[:, None, None] + self.std[:, None, None] * (base + self.mix(hidden))
-        return restored
+        n = self.far(self.near(self.lift(self.wiener(y, alpha)), alpha), alpha)
+        return torch.addcmul(self.mean[:, None, None], self.std[:, None, None], n)
 
     def restore(self, codes: Tensor, alpha: Tensor) -> Tensor:
         """From what crossed the wire: dequantise with the step both sides know, then `forward`."""

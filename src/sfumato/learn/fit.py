@@ -30,8 +30,9 @@ from sfumato.learn.cache import Cache
 from sfumato.learn.objective import feature_error, linear_adversary, watched
 from sfumato.learn.start import initialise
 
-VALIDATED_AT = (0.4, 0.8, 0.95)
+VALIDATED_AT = (0.05, 0.6, 0.8, 0.95)
 HIGHEST = 0.95
+PRIVATE_FROM = 0.5
 _SAMPLE = 48  # records the closed-form start looks at
 _VALIDATION_NOISE = 4928
 
@@ -44,11 +45,11 @@ class Settings:
     steps: int = 5000
     batch: int = 8
     lr: float = 1.5e-3
-    tail_lr: float = 5e-4
+    tail_lr: float = 2e-4
     features: float = 2.0
-    privacy: float = 1.0
+    privacy: float = 0.5
     validations: int = 20
-    patience: int = 8
+    patience: int = 20
     held_out: float = 0.1
     seed: int = 0
 
@@ -154,9 +155,11 @@ class Trainer:
             outputs = self.task.outputs(self.student(y, alpha, self.cache.ndim))
         loss = self.task.distance(outputs, teacher) + self.settings.features * feature_error(seen, teacher_features)
         if patch is not None and self.settings.privacy and not self.given:
-            # Weighted by alpha: what little is withheld at low alpha is for the task to choose.
-            loss = loss - self.settings.privacy * alpha * linear_adversary(y, patch).clamp(max=1.0)
-        mean = loss.mean()
+            # Below PRIVATE_FROM too little is withheld for a linear adversary to be held off: the bits are the task's.
+            share = ((alpha - PRIVATE_FROM) / (1 - PRIVATE_FROM)).clamp_min(0)
+            loss = loss - self.settings.privacy * share * linear_adversary(y, patch).clamp(max=1.0)
+        # The errors of few bits are many times those of many bits, which would never be learned beside them.
+        mean = ((1 - alpha).sqrt() * loss).mean()
         self.optimiser.zero_grad(set_to_none=True)
         mean.backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
@@ -171,12 +174,32 @@ class Trainer:
         generator = torch.Generator().manual_seed((self.settings.seed << 32) + step)
         batch = self.settings.batch
         rows = self.train_rows[torch.randint(len(self.train_rows), (batch,), generator=generator).numpy()]
-        z, patch = self.cache.batch(rows, self.device)
+        z, patch = self._moved(*self.cache.batch(rows, self.device), generator)
         between = 1 - (1 - HIGHEST) ** torch.rand(batch, generator=generator)
         between[0] = 0.0
         between[-1] = HIGHEST
         noise = torch.randn(batch, self.student.obfuscator.shape.k, *z.shape[2:], generator=generator)
         return z, patch, between.to(self.device), noise.to(self.device, memory_format=torch.channels_last)
+
+    def _moved(self, z: Tensor, patch: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Every record rolled by whole sites, half of them with a side of their neighbour's in the batch.
+
+        The teacher answers for whatever z it is given, so new z cost nothing and a small collection goes further.
+        """
+        if self.cache.ndim != 4:  # tokens have places of their own
+            return z, patch
+        height, width = z.shape[2:]
+        moves = torch.stack([torch.randint(n, (len(z),), generator=generator) for n in (height, width)], 1).tolist()
+        edges = torch.randint(2 * width, (len(z),), generator=generator).tolist()
+        both = [z] if patch is None else [z, patch]
+        for tensor in both:
+            for row, move in enumerate(moves):
+                tensor[row] = tensor[row].roll(move, (1, 2))
+            first = tensor[0].clone()
+            for row, edge in enumerate(edges):
+                if edge < width:
+                    tensor[row, :, :, edge:] = (tensor[row + 1] if row + 1 < len(z) else first)[:, :, edge:]
+        return z, patch
 
     def _teach(self, z: Tensor) -> tuple[Outputs, list[Tensor]]:
         with torch.no_grad(), watched(self.teacher, self.task.stages()) as seen:

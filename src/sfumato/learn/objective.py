@@ -1,6 +1,7 @@
 """What a fit minimises, label-free: stay close to the clean model, and tell a linear attacker little.
 
-    L = distance(student, teacher) + lambda_f * mean_s |f_s - f_s^T|^2 / |f_s^T|^2 - lambda_p * min(e, 1)
+    L = sqrt(1 - alpha) [distance(student, teacher) + lambda_f mean_s |f_s - f_s^T|^2 / |f_s^T|^2
+                         - lambda_p max(0, 2 alpha - 1) min(e, 1)]
 
 distance is the task's; f_s are the tail's features at the task's stages; e is the relative error of the closed-form
 linear adversary, the ridge regression from a site's release y to the colours of the patch it covers (1: no better than

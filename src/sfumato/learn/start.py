@@ -2,21 +2,21 @@
 
 With Sigma the covariance of n = (z - mean)/std at a site and M its importance to the task, the channels are the
 eigenvectors of M^1/2 Sigma M^1/2 (Karhunen-Loeve in the task's metric) and their bits are reverse water-filling,
-c_i = max(0, 1/2 log2(lambda_i / theta)). M is estimated from gradients: for d = |f(z + delta) - f(z)|^2 and small
+c_i = max(0, 1/2 log2 lambda_i - theta). M is estimated from gradients: for d = |f(z + delta) - f(z)|^2 and small
 delta ~ N(0, s^2 I) the gradient is H delta, so M = H = cov(gradient)^1/2 up to scale.
 
 Sources: Cover & Thomas, 2nd ed., section 10.3.3 (reverse water-filling); Huang & Schultheiss 1963 (transform coding).
 """
 
-import numpy as np
+import math
+
 import torch
 from torch import Tensor
 
 from sfumato.core.obfuscator import Obfuscator
 from sfumato.core.restorer import Restorer
 
-SPREAD = 0.6  # standard deviation of u at the start: head outputs are heavy-tailed, faces live in the tails
-_FLOOR = 1e-3  # smallest share of the bits a channel starts with
+SPREAD = 1.0  # standard deviation of u at alpha 0, half the default bound: more would clip the tails, where faces live
 
 
 def sqrt_psd(matrix: Tensor) -> Tensor:
@@ -42,45 +42,28 @@ def initialise(obfuscator: Obfuscator, restorer: Restorer, z: Tensor, gradients:
     values = values[order].clamp_min(1e-9)
     encode = SPREAD * (vectors[:, order] / values.sqrt()).T @ root
     decode = sigma @ encode.T @ torch.linalg.pinv(encode @ sigma @ encode.T)
-    w, v = water_filling(values.cpu().numpy(), shape.k, shape.c_ref)
+    levels = 0.5 * torch.log2(values)
+    levels = levels - levels.mean()
     with torch.no_grad():
         for module in (obfuscator, restorer):
             module.mean.copy_(mean)
             module.std.copy_(std)
-            module.allocation.w.zero_()[: len(w)].copy_(torch.from_numpy(w))
-            module.allocation.v.zero_()[: len(v)].copy_(torch.from_numpy(v))
+            module.allocation.w.fill_(float(levels.min()) - 1)[: len(levels)].copy_(levels)
+            module.allocation.v.zero_()
         obfuscator.linear.weight.zero_()[: len(encode), :, 0, 0].copy_(encode)
         obfuscator.linear.bias.zero_()  # type: ignore[union-attr]
-        _quiet(obfuscator.context[-1])
-        restorer.log_variance.fill_(2 * float(np.log(SPREAD)))
+        obfuscator.growth.zero_()
+        _quiet(obfuscator.context.leave)
+        restorer.log_variance.fill_(2 * math.log(SPREAD))
+        restorer.variance_growth.zero_()
+        restorer.growth.zero_()
         restorer.lift.weight.zero_()[:, : decode.shape[1], 0, 0].copy_(decode)
         restorer.lift.bias.zero_()  # type: ignore[union-attr]
-        _quiet(restorer.mix)
-        _quiet(restorer.film[-1])
+        _quiet(restorer.near.mix)
+        _quiet(restorer.far.mix)
 
 
 def _quiet(layer: torch.nn.Module) -> None:
     """A branch that starts at zero."""
     for parameter in layer.parameters():
         parameter.zero_()
-
-
-def water_filling(values: np.ndarray, k: int, c_ref: float) -> tuple[np.ndarray, np.ndarray]:
-    """w and v so that softmax(w + alpha v) follows reverse water-filling over alpha; [min(k, len)] each."""
-    alphas = np.linspace(0.0, 0.95, 20)
-    shares = np.stack([_shares(values, (1 - a) * c_ref) for a in alphas])
-    logs = np.log(np.maximum(shares, _FLOOR))
-    design = np.stack([np.ones_like(alphas), alphas], 1)
-    (w, v), *_ = np.linalg.lstsq(design, logs, rcond=None)
-    return w - w.mean(), v - v.mean()
-
-
-def _shares(values: np.ndarray, budget: float) -> np.ndarray:
-    """Shares of `budget` bits that reverse water-filling gives to channels of these variances."""
-    low, high = np.log(values.min()) - 2 * budget, np.log(values.max())
-    for _ in range(60):
-        theta = (low + high) / 2
-        bits = np.maximum(0, (np.log(values) - theta) / (2 * np.log(2)))
-        low, high = (theta, high) if bits.sum() > budget else (low, theta)
-    total = max(float(bits.sum()), 1e-9)
-    return np.asarray(bits / total)

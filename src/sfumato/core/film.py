@@ -1,0 +1,23 @@
+"""x (1 + s(alpha)) + t(alpha): features that know how much is withheld (FiLM, arXiv 1709.07871, equation 1)."""
+
+import torch
+from torch import Tensor, nn
+
+_WIDTH = 32
+
+
+class Film(nn.Module):
+    """x [N, c, h, w] and alpha [N] -> [N, c, h, w]; the identity when new."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2, _WIDTH)
+        self.out = nn.Linear(_WIDTH, 2 * channels)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, alpha: Tensor) -> Tensor:
+        seen = torch.stack([alpha, torch.log1p(-alpha)], 1)
+        scale, shift = self.out(torch.relu(self.hidden(seen)))[:, :, None, None].chunk(2, dim=1)
+        modulated: Tensor = torch.addcmul(shift, x, 1 + scale)
+        return modulated
