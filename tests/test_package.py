@@ -42,7 +42,7 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_card_holds_these_names_and_no_others() -> None:
-    assert sfumato.__all__ == ["Obfuscator", "__version__", "fit", "load", "measure", "split"]
+    assert sfumato.__all__ == ["Obfuscator", "__version__", "audit", "fit", "load", "measure", "split"]
 
 
 @pytest.mark.parametrize("name", sfumato.__all__)
@@ -132,20 +132,25 @@ def test_import_rules_can_break(tmp_path: Path, module: str, line: str) -> None:
     assert "BROKEN" in done.stdout
 
 
-def third_party(path: Path) -> Iterator[str]:
-    """Top-level packages that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def third_party(path: Path, *, top: bool = False) -> Iterator[str]:
+    """Top-level packages that a file imports, anywhere in it, or as soon as it is imported itself."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top else ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         yield from {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"sfumato"}
 
 
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
-    """A package that only another dependency brings along is found here."""
+    """A package that only another dependency brings along is found here; extras are imported where they are needed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[^\w-]", wanted)[0] for wanted in project["dependencies"]}
-    found = {name for path in SRC.glob("sfumato/**/*.py") for name in third_party(path)}
-    assert {DISTRIBUTIONS.get(name, name) for name in found} <= declared
+    extras = [wanted for name, more in project["optional-dependencies"].items() if name != "dev" for wanted in more]
+    declared, optional = (
+        {re.split(r"[^\w-]", wanted)[0] for wanted in several} for several in (project["dependencies"], extras)
+    )
+    for top, allowed in ((True, declared), (False, declared | optional)):
+        found = {name for path in SRC.glob("sfumato/**/*.py") for name in third_party(path, top=top)}
+        assert {DISTRIBUTIONS.get(name, name) for name in found} <= allowed
 
 
 def test_constraints_pin_every_declared_dependency() -> None:

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sfumato.auditing.run import audit
     from sfumato.core.cut import split
     from sfumato.core.obfuscator import Obfuscator
     from sfumato.facade import fit, load
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Obfuscator", "__version__", "fit", "load", "measure", "split"]
+__all__ = ["Obfuscator", "__version__", "audit", "fit", "load", "measure", "split"]
 
 _HOMES = {
     "Obfuscator": "sfumato.core.obfuscator",
+    "audit": "sfumato.auditing.run",
     "fit": "sfumato.facade",
     "load": "sfumato.facade",
     "measure": "sfumato.measurement",

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sfumato import __version__
+from sfumato.cli.audit import audit
 from sfumato.cli.common import examples, guarded
 from sfumato.cli.demo import demo
 from sfumato.cli.detect import detect
@@ -41,6 +42,12 @@ app.command(
         "sfumato measure --dataset FDDB --sweep --seeds 0,1,2 --csv table.csv",
     )
 )(guarded(measure))
+app.command(
+    epilog=examples(
+        "sfumato audit --data lfw",
+        "sfumato audit mine --data lfw --weights FaceBoxesProd.pth --budget full --fail-above tar=0.05",
+    )
+)(guarded(audit))
 app.command(epilog=examples("sfumato doctor --dataset FDDB"))(guarded(doctor, resume=_AGAIN))
 
 

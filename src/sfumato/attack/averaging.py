@@ -1,0 +1,38 @@
+"""Averaging: the mean of K releases of one record has noise of variance 1/K; the decoder is retrained on such means.
+
+    c_i(K) = 1/2 log2(1 + K g_i^2 B^2)        what K releases can tell at most (core/channel.py)
+
+Needs: white box, pairs, and K releases of one record under fresh noise. Against noise keyed to the record it gains
+nothing, because the K releases are one.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from sfumato.attack.base import Effort, Outcome, Prey, Releases, Tap
+from sfumato.attack.reconstruction import SMALL, Reconstruction
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """The small learned decoder, once for each number of releases averaged: what counts is its gain over one."""
+
+    repeats: tuple[int, ...] = (1, 4, 16, 64)
+    decoder: Reconstruction = field(default_factory=lambda: Reconstruction(capacities=(SMALL,)))
+    name: str = "averaging"
+    needs: str = "white box, pairs, many releases of one record"
+
+    def missing(self, prey: Prey) -> str | None:
+        return None
+
+    def attack(self, prey: Prey, tap: Tap, effort: Effort) -> Outcome:
+        """Figures psnr at K; `curve` is that of the largest K. Empty for a tap that is no release of ours."""
+        if not isinstance(tap, Releases):
+            return Outcome(self.name, tap.name, tap.alpha, {})
+        figures, last = {}, None
+        for number in self.repeats:
+            last = self.decoder.attack(prey, replace(tap, repeats=number), effort)
+            figures[f"psnr of {number}"] = last.figures["psnr"]
+        if last is None:
+            return Outcome(self.name, tap.name, tap.alpha, {})
+        anchors = dict.fromkeys(figures, last.anchors["psnr"])
+        return Outcome(self.name, tap.name, tap.alpha, figures, anchors, last.curve, pictures=last.pictures)
