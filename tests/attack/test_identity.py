@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
 
@@ -6,6 +9,7 @@ from sfumato.attack.base import Clean, Effort, Prey, Releases
 from sfumato.attack.identity import Linkage
 from sfumato.attack.recogniser import Recogniser, verification
 from sfumato.core.errors import RequestError
+from sfumato.datasets import images
 from tests.attack.prey import EFFORT, prey, protected
 
 LONG = Effort(steps=150, batch=16, tested=100, quiet=True)
@@ -60,6 +64,20 @@ def test_probes_guess_what_is_there_to_guess() -> None:
     assert "no attributes" in str(Probes().missing(Prey(hunted.z, hunted.pictures, None, hunted.train, hunted.test)))
 
 
-def test_a_recogniser_that_is_not_there(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_recogniser_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no such file"):
         Recogniser(tmp_path / "none.onnx")
+
+
+def test_a_real_recogniser_knows_people_again(data_root: Path) -> None:
+    model = data_root / "weights" / "MobileFaceNet.onnx"
+    folders = (
+        [] if not model.exists() else sorted(p for p in (data_root / "lfw").iterdir() if len(list(p.iterdir())) > 3)
+    )
+    if not folders:
+        pytest.skip("no MobileFaceNet.onnx or LFW in the data folder (see docs/data-and-weights.md)")
+    paths = [path for place in folders[:8] for path in sorted(place.iterdir())[:4]]
+    shown = np.stack([cv2.resize(images.read(path), (128, 128), interpolation=cv2.INTER_AREA) for path in paths])
+    unit = Recogniser(model).embed(shown)
+    assert unit.shape == (32, 128) and np.allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-5)
+    assert verification(unit, np.repeat(np.arange(8), 4))["auc"] > 0.9
