@@ -2,29 +2,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from sfumato.attack import decoder as attack
 from sfumato.core.errors import ArtefactError
-from sfumato.core.obfuscator import Obfuscator, Shape
-from sfumato.tasks.classification import Classification
 from sfumato.trusted.protect import Protected
-
-DIGEST = "ab" * 32
+from tests.attack.prey import DIGEST
+from tests.attack.prey import protected as easy
 
 
 @pytest.fixture(scope="module")
 def protected() -> Protected:
     """A head that only averages 8x8 patches, and an obfuscator with bits to spare: easy prey."""
-    torch.manual_seed(0)
-    obfuscator = Obfuscator(Shape(channels=3, k=3, c_ref=30.0, context=2))
-    with torch.no_grad():
-        obfuscator.linear.weight.copy_(torch.eye(3)[:, :, None, None])
-        for parameter in [*obfuscator.context.parameters(), obfuscator.linear.bias]:
-            assert parameter is not None
-            parameter.zero_()
-    return Protected(nn.AvgPool2d(8), obfuscator, Classification(mean=128.0, std=64.0), DIGEST)
+    return easy()
 
 
 def photographs(count: int, seed: int) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """A whole audit of a tiny model on pictures of colours: what it finds, keeps, resumes and writes."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sfumato.auditing import run
 from sfumato.auditing.report import html
 from sfumato.auditing.run import Audit, audit
 from sfumato.auditing.verdict import Verdict
-from sfumato.core.errors import DatasetError, RequestError
+from sfumato.core.errors import DatasetError, ImageError, RequestError
 from sfumato.core.restorer import Restorer
 from sfumato.outside.model import Outside
 from sfumato.trusted.protect import Protected
@@ -137,6 +138,16 @@ def test_people_attributes_and_limits_of_a_folder(folder: Path, tmp_path: Path) 
             records.source(folder)
     finally:
         (folder / records.ATTRIBUTES).unlink()
+
+
+def test_an_error_does_not_name_the_record(protected: Protected, folder: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "people"
+    shutil.copytree(folder, copied)
+    spoiled = sorted(copied.rglob("*.png"))[5]
+    spoiled.write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"image 6 of 120 \(by name\)") as caught:
+        audited(protected, copied, tmp_path / "work")
+    assert spoiled.name not in str(caught.value) and f"{spoiled.parent.name}/" not in str(caught.value)
 
 
 def test_the_cache_of_head_outputs_is_of_this_head(protected: Protected, folder: Path, tmp_path: Path) -> None:

@@ -36,10 +36,16 @@ _BATCH = 8
 class Source:
     """Images of a folder, in the order of names, and what the folder says about them; `digest` covers the content."""
 
+    folder: Path
     paths: list[Path]
     people: np.ndarray | None
     attributes: dict[str, np.ndarray]
     digest: str
+
+    def read(self, index: int) -> Image:
+        """The image; an error says its place, never its name: the user typed the folder, not the record."""
+        called = f"image {index + 1} of {len(self.paths)} (by name) in {self.folder}"
+        return images.read(self.paths[index], called=called)
 
 
 def source(folder: Path, *, limit: int | None = None, seed: int = 0) -> Source:
@@ -55,7 +61,7 @@ def source(folder: Path, *, limit: int | None = None, seed: int = 0) -> Source:
     content = hashlib.sha256()
     for path in [*paths, *(place for place in (folder / ATTRIBUTES,) if place.exists())]:
         content.update(path.relative_to(folder).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
-    return Source(paths, people, _attributes(folder, paths), content.hexdigest())
+    return Source(folder, paths, people, _attributes(folder, paths), content.hexdigest())
 
 
 def _some(paths: list[Path], limit: int, seed: int) -> list[Path]:
@@ -126,7 +132,7 @@ def _computed(
     zs, pictures, ndim = [], [], 4
     starts = range(0, len(found.paths), _BATCH)
     for start in tqdm(starts, f"head outputs, {place.stem}", disable=quiet):
-        batch = [images.read(path) for path in found.paths[start : start + _BATCH]]
+        batch = [found.read(i) for i in range(start, min(start + _BATCH, len(found.paths)))]
         pictures += [cv2.resize(image, (PICTURE, PICTURE), interpolation=cv2.INTER_AREA) for image in batch]
         seen = [resized(image, size) if transform is None else transform(resized(image, size)) for image in batch]
         part, ndim = outputs(protected, seen)

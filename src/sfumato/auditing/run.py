@@ -50,7 +50,6 @@ from sfumato.core.errors import RequestError
 from sfumato.core.files import write_bytes
 from sfumato.core.sites import unfold
 from sfumato.core.task import Image
-from sfumato.datasets import images
 from sfumato.trusted.protect import Protected
 
 SIZE = 512  # side of the input: a photograph of one person shows the face at about 220 pixels
@@ -232,7 +231,7 @@ class _Run:
         return outcome
 
     def pictures(self, rows: np.ndarray) -> list[Image]:
-        return [records.resized(images.read(self.found.paths[i]), self.size) for i in rows]
+        return [records.resized(self.found.read(int(i)), self.size) for i in rows]
 
     def utility(self, tap: Releases) -> float:
         """Agreement of the server's decisions with the clean model's."""
