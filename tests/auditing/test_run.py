@@ -105,7 +105,12 @@ def test_a_planted_leak_breaks_the_verdict(protected: Protected, folder: Path, t
 def test_a_gate(protected: Protected, folder: Path, tmp_path: Path) -> None:
     result = audited(protected, folder, tmp_path)
     assert result.above({"auc": -1.0})[0].startswith("alpha 0.8: auc") and "tar" in result.above({"tar": -1.0})[0]
-    assert result.above({"auc": 2.0}) == [f"alpha 0.8: {Verdict.INCONCLUSIVE}"], "weak attackers pass no gate"
+    rising = [replace(o, curve=[0.5, 0.6, 0.7, 0.8], anchors={"auc": 0.5}) for o in result.outcomes]
+    inconclusive = replace(result, outcomes=rising).above({"auc": 2.0})
+    assert inconclusive == [f"alpha 0.8: {Verdict.INCONCLUSIVE}"], "attackers that were still improving pass no gate"
+    still = [replace(o, curve=[]) for o in result.outcomes]
+    strong = [replace(o, figures={"auc": 1.0, "psnr": 30.0}) if o.tap == "clean head output" else o for o in still]
+    assert replace(result, outcomes=strong).above({"auc": 2.0}) == []
     with pytest.raises(RequestError, match="not audited"):
         result.verdict(0.7)
 
