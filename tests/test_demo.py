@@ -218,12 +218,16 @@ def test_a_picture_of_the_codes_is_the_codes(pair: tuple[Protected, Decoder], as
     data = b64decode(demo._codes(protected, release).split(",")[1])
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     assert picture is not None
-    order = protected.obfuscator.allocation(release.alpha)[0].argsort(descending=True)
-    side = release.tensor.shape[2]
+    shape, side = protected.obfuscator.shape, release.sites[0]
+    order = protected.obfuscator.allocation(release.alpha)[0].view(shape.k, -1).sum(1).argsort(descending=True)
+    assert shape.block > 1
     for place in (0, 1, 5):
         y, x = (index * (side + demo.SEAM) for index in divmod(place, demo.ACROSS))
         tile = picture[y : y + side, x : x + side].astype(int) - 128
-        np.testing.assert_array_equal(tile, release.tensor[0, order[place]].numpy())
+        s, channel = shape.block, release.tensor[0].view(shape.k, shape.block**2, *release.tensor.shape[2:])
+        for row, column in ((0, 0), (3, 5), (side - 1, 2)):  # a coefficient lies where its site would
+            want = channel[order[place], row % s * s + column % s, row // s, column // s]
+            assert tile[row, column] == want
 
 
 def test_recovered_pictures_score_as_the_attack_scores_them(
@@ -233,11 +237,11 @@ def test_recovered_pictures_score_as_the_attack_scores_them(
     release = protected.with_noise(Seeded(1)).obfuscate(protected.cut([astronaut]), 0.6)
     views: dict[str, str] = {}
     psnr = demo._recover(decoder, release, astronaut, ((0, 0, 512), (180, 50, 100)), views)
-    side = attacker.UP * release.tensor.shape[2]
+    side = attacker.UP * release.sites[0]
     truth = cv2.resize(astronaut, (side, side), interpolation=cv2.INTER_AREA).astype(float)
     picture = decoder.reconstruct(release, (side, side))
     assert psnr == pytest.approx(10 * np.log10(255**2 / ((picture - truth) ** 2).mean()), abs=0.05)
-    flat = attacker.psnr(*demo._flat(astronaut, release.tensor))
+    flat = attacker.psnr(*demo._flat(astronaut, release.sites))
     assert flat == pytest.approx(10 * np.log10(255**2 / truth.var((0, 1)).mean()), abs=0.05)
     whole = cv2.imdecode(np.frombuffer(b64decode(views["recovered"].split(",")[1]), np.uint8), cv2.IMREAD_COLOR)
     assert whole is not None

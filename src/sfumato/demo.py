@@ -34,13 +34,13 @@ from sfumato.datasets import images as files
 from sfumato.facade import SHIPPED
 from sfumato.measurement import ALPHAS, Measurement, Seeded, measure
 from sfumato.tasks.detection.boxes import Detections, draw
-from sfumato.tasks.detection.task import FOUND
 from sfumato.trusted.protect import Protected
 
 PAGE, REPORT, DATA = "index.html", "demo.json", "data"
 DECODER = "decoder.safetensors"
 IMAGES = 60  # a sweep over so many takes about a minute on two cores
 FIRST_SHOWN = 0.8  # the default of `Protected`
+SHOWN = 0.5  # score from which a detection is drawn
 SIDE, FACE_SIDE, QUALITY = 384, 112, 80  # pixels on the page, about twice what a phone gives a picture; JPEG quality
 CHANNELS, ACROSS, SEAM = 16, 4, 1  # of a release shown: 16 kB of its 65
 ROOM, FACE_ROOM = 2.6, 1.5  # how far a crop reaches, in heights of its tallest face
@@ -108,7 +108,7 @@ def run(
         "command": shlex.join(words),
         "data": {"name": "sampler", "images": table.images, "faces": table.faces, "seed": seed},
         "digest": protected.digest,
-        "threshold": FOUND,
+        "threshold": SHOWN,
         "versions": _versions(),
         "table": _table(table, figures),
         "pictures": figures,
@@ -171,7 +171,7 @@ def _look(
     size = photo.image.shape[:2]
     z = protected.cut([photo.image])
     clean = _found(protected, None, z, size)
-    flat = None if decoder is None else attacker.psnr(*_flat(photo.image, z))
+    flat = None if decoder is None else attacker.psnr(*_flat(photo.image, (z.shape[2], z.shape[3])))
     crops = _crops(photo)
     figures: dict[str, Any] = {"name": photo.name, "what": photo.what, "clean": clean.as_rows(), "flat_psnr": flat}
     shown: dict[str, Any] = {"clean": _marked(photo.image, crops[0], clean, CLEAN_COLOUR)}
@@ -195,12 +195,12 @@ def _found(protected: Protected, release: Release | None, z: torch.Tensor, size:
         raise RequestError("only the trusted side is here", wanted="client and server artefacts, to show both sides")
     raw = protected.reference(z) if release is None else protected.outside(release)
     found: Detections = protected.postprocess(raw, size)
-    return found.above(FOUND)
+    return found.above(SHOWN)
 
 
 def _recover(decoder: Decoder, release: Release, image: Image, crops: Crops, views: dict[str, str]) -> float:
     """PSNR of what the decoder recovers, at its own size; adds its picture and its face to the views."""
-    truth = _target(image, release.tensor)
+    truth = _target(image, release.sites)
     picture = decoder.reconstruct(release, truth.shape[:2])
     whole = cv2.resize(picture, image.shape[1::-1], interpolation=cv2.INTER_CUBIC)
     views["recovered"] = _jpeg(_crop(whole, crops[0], SIDE))
@@ -208,24 +208,25 @@ def _recover(decoder: Decoder, release: Release, image: Image, crops: Crops, vie
     return attacker.psnr(picture, truth)
 
 
-def _flat(image: Image, z: torch.Tensor) -> tuple[Image, Image]:
+def _flat(image: Image, sites: tuple[int, int]) -> tuple[Image, Image]:
     """(one colour, the photograph's mean; the photograph), both of the decoder's size."""
-    truth = _target(image, z)
+    truth = _target(image, sites)
     return np.broadcast_to(truth.mean((0, 1)).round(), truth.shape), truth
 
 
-def _target(image: Image, sites: torch.Tensor) -> Image:
-    """What a decoder of these sites [N, C, h, w] should give."""
-    h, w = sites.shape[2:]
-    picture: Image = (attacker.target(image, (h, w)).permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+def _target(image: Image, sites: tuple[int, int]) -> Image:
+    """What a decoder of (height, width) sites should give."""
+    picture: Image = (attacker.target(image, sites).permute(1, 2, 0).numpy() * 255).astype(np.uint8)
     return picture
 
 
 def _codes(protected: Protected, release: Release) -> str:
     """The channels that carry most bits at this alpha, byte for byte: code -127 is black, 127 white. Data URI, PNG."""
-    bits = protected.obfuscator.allocation(release.alpha)[0]
+    shape = protected.obfuscator.shape
+    bits = protected.obfuscator.allocation(release.alpha)[0].view(shape.k, -1).sum(1)
     order = bits.argsort(descending=True)[:CHANNELS]
-    grey = (release.tensor[0, order].to(torch.int16) + 128).to(torch.uint8).cpu().numpy()
+    placed = torch.nn.functional.pixel_shuffle(release.tensor[:1].to(torch.int16), shape.block)[0]
+    grey = (placed[order] + 128).to(torch.uint8).cpu().numpy()
     grey = np.pad(grey, ((0, -len(grey) % ACROSS), (0, SEAM), (0, SEAM)), constant_values=255)
     tiles = [np.hstack(list(grey[i : i + ACROSS])) for i in range(0, len(grey), ACROSS)]
     return _uri("png", np.vstack(tiles)[:-SEAM, :-SEAM])

@@ -10,6 +10,7 @@ The results hold what the photographs show: they belong inside the trust zone.
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -193,8 +194,8 @@ def _one(
     found = _found(protected, protected.outside, release, size).above(score)
     _write_picture(out / ANNOTATED / f"{name}.jpg", draw(image, found))
     _write_picture(out / SIDE_BY_SIDE / f"{name}.jpg", side_by_side(image, clean, found, release, alpha, decoder))
-    sites = release.tensor.shape[2] * release.tensor.shape[3]
-    row |= {"bits_per_site": round(float(release.bits[0]) / sites, 3), "release_bytes": release.nbytes}
+    bits = float(release.bits[0]) / math.prod(release.sites)
+    row |= {"bits_per_site": round(bits, 3), "release_bytes": release.nbytes}
     return row | {"faces": found.as_rows(), "clean_faces": clean.as_rows()}
 
 

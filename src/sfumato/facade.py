@@ -29,6 +29,7 @@ from sfumato.trusted.protect import Protected
 CLIENT = "client.safetensors"
 SERVERS = {"adapted": "server.safetensors", "frozen": "server-frozen.safetensors"}
 CUT = "pool2"
+BLOCK = 8  # sites a side that are coded as one
 SHIPPED = Path(str(files("sfumato"))) / "weights"
 
 
@@ -151,7 +152,9 @@ def fit(
     _keep_pairs(place, settings.tail, start)
     key = f"{cut.digest()}:{cut.at}"
     held = cache.build(_own(cut.head, where), task, records, place / "work", key=key, device=where, quiet=quiet)
-    sizes = Shape(channels=int(held.z.shape[1]), **(shape or {}))
+    sizes = Shape(channels=int(held.z.shape[1]), **{"block": _block(held.ndim, held.z.shape[2:]), **(shape or {})})
+    if sizes.sent >= artefact.MAX_WIDTH:
+        raise RequestError(f"{sizes.k} channels in blocks of {sizes.block}", wanted=f"k block^2 < {artefact.MAX_WIDTH}")
     begun = _begin(start, cut, keep=settings.tail == "frozen")
     work = place / "work" / settings.tail
     work.mkdir(parents=True, exist_ok=True)
@@ -159,6 +162,11 @@ def fit(
     facts = {"records": len(held) // held.views, "views": held.views, "data": held.digest, **asdict(settings)}
     _write(place, cut, task, fitted, settings.tail, held.ndim, facts, half=half)
     return load(place, cut=cut, task=task, tail=settings.tail, device=str(where))
+
+
+def _block(ndim: int, size: Sequence[int]) -> int:
+    """Side of the blocks that are coded as one: up to 8, what divides a picture's sites evenly; 1 for tokens."""
+    return max(side for side in (1, 2, 4, BLOCK) if side == 1 or (ndim == 4 and not any(n % side for n in size)))
 
 
 def _keep_pairs(place: Path, tail: str, start: str | Path | None) -> None:
@@ -220,7 +228,7 @@ def _same_client(path: Path, digest: str) -> bool:
 
 def _card(obfuscator: Obfuscator, common: Mapping[str, Any], tail: str) -> str:
     """What was fitted, to what, on what, and what it lets out."""
-    rows = [(a, float(obfuscator.bits_per_site(a))) for a in (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)]
+    rows = [(a, float(obfuscator.bits_per_site(a).detach())) for a in (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)]
     scores = ", ".join(f"{k.replace('a0', 'alpha 0')}: {v:.4f}" for k, v in common["metrics"]["agreement"].items())
     fit_facts = "\n".join(f"- {k}: {v}" for k, v in common["fit"].items())
     table = "\n".join(f"| {a:g} | {bits:.2f} |" for a, bits in rows)

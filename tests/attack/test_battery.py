@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sfumato.attack import battery
 from sfumato.attack.base import Attacker, Clean, Effort, Prey, Releases
 from sfumato.attack.battery import Battery
-from sfumato.core import channel
 from sfumato.core.obfuscator import Obfuscator, Shape
 from sfumato.tasks.classification import Classification
 from sfumato.trusted.protect import Protected
@@ -135,12 +134,12 @@ def test_the_mean_of_channels_is_the_last_one() -> None:
     np.testing.assert_allclose(y[:, 2], (y[:, 0] + y[:, 1]) / 2, atol=1e-5)
 
 
-def test_of_releases_it_is_weighted_by_gain() -> None:
+def test_of_releases_it_is_weighted_by_bits() -> None:
     obfuscator = Obfuscator(Shape(channels=2, k=2, context=2, c_ref=6))
     obfuscator.allocation.w.data.copy_(torch.tensor([0.0, 1.0]))
     sender = Protected(nn.Identity(), obfuscator, Classification(), "ab" * 32)
     y = battery.seen(prey(noise(), noise(2)), Releases(sender, 0.5), TRAIN)
-    g = channel.gain(obfuscator.allocation(torch.tensor([0.5])), 2.0)[0].detach().numpy()
+    g = obfuscator.allocation(torch.tensor([0.5]))[0].detach().numpy()
     assert g[1] > 1.5 * g[0] > 0
     np.testing.assert_allclose(y[:, 2], (g[0] * y[:, 0] + g[1] * y[:, 1]) / g.sum(), atol=1e-4)
 

@@ -114,6 +114,15 @@ class Smooth:
         return (eps + eps.roll(1, 2)) / math.sqrt(2)
 
 
+class Broadcast:
+    """One sample for every two channels of a site: shape is (h, w, channels)."""
+
+    def normals(self, records: int, shape: tuple[int, ...]) -> Tensor:
+        drawn = Fresh().normals(records, shape)
+        drawn[..., 1::2] = drawn[..., : shape[-1] // 2 * 2 : 2]
+        return drawn
+
+
 class MagnitudesRepeat:
     """In a quarter of the rows; signs are fresh, so nothing is correlated, and yet half of their codes come again."""
 
@@ -193,7 +202,7 @@ def test_honest_noise_is_not_caught(alpha: float) -> None:
     ("noise", "sentence"),
     [
         (Off(), "Noise is off or too weak: in a record it has 0"),
-        (Weak(0.5), r"Noise is off or too weak: in a record it has 0\.[123]"),
+        (Weak(0.5), r"Noise is off or too weak: in a (record|channel) it has 0\.[1-4]"),
         (Weak(2.0), "Noise is too strong"),
         (OnePerBatch(), "The records of a batch share one noise sample"),
         (OnePerPair(), "Noise is shared between some records"),
@@ -204,6 +213,7 @@ def test_honest_noise_is_not_caught(alpha: float) -> None:
         (Stateful(), "Copies of the sender draw the same noise"),
         (PicklesItsState(), "Copies of the sender draw the same noise"),
         (Smooth(), "Noise is shared between neighbouring sites"),
+        (Broadcast(), "Noise is shared between channels"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sfumato.auditing import certificate
 from sfumato.auditing.certificate import capacity, certify, fisher, rate
+from sfumato.core import channel
 from sfumato.core.errors import RequestError
 from sfumato.core.obfuscator import Obfuscator, Shape
 from sfumato.core.task import Image
@@ -61,7 +62,8 @@ def records(count: int = 6, side: int = 8) -> list[Image]:
 
 def gains(made: Obfuscator, alpha: float) -> np.ndarray:
     bits = made.allocation(torch.tensor([alpha]))[0].detach().double().numpy()
-    return np.asarray(np.sqrt(2 ** (2 * bits) - 1) / made.shape.bound)
+    reach = np.maximum(np.sqrt(2 ** (2 * bits) - 1), channel.PEAK * (2**bits - 1))
+    return np.asarray(reach / made.shape.bound)
 
 
 # ---- capacity
@@ -73,8 +75,8 @@ def test_capacity_is_the_algebra(alpha: float, sites: int, releases: int) -> Non
     made = obfuscator()
     share = 1 - float(np.float32(alpha))
     assert capacity(made, alpha, sites) == pytest.approx(sites * share * SHAPE.c_ref, rel=1e-4)
-    c = made.allocation(torch.tensor([alpha]))[0].double().numpy()
-    want = sites * 0.5 * np.log2(1 + releases * (2 ** (2 * c) - 1)).sum()
+    reach = np.sqrt(releases) * gains(made, alpha) * SHAPE.bound
+    want = sites * np.minimum(0.5 * np.log2(1 + reach**2), np.log2(1 + reach / channel.PEAK)).sum()
     assert capacity(made, alpha, sites, releases=releases) == pytest.approx(want, rel=1e-4)
 
 
@@ -114,11 +116,33 @@ def test_the_rate_of_a_known_gaussian_is_found_from_its_sample() -> None:
 
 def test_the_covariance_is_numpy_s_over_sites_and_records() -> None:
     made, z, a = obfuscator(), random(20, 6, 3, 4).numpy(), torch.full((20,), 0.4)
-    first, second, sites = certificate._moments(made, z, 0.4)
+    found = certificate._signals(made, z, 0.4)
+    assert found.shape == (20, 5, 1, 12)
+    first, second = certificate._moments(found[:, :, 0], np.full((1, 20), 0.05))
     b = made.signal(torch.from_numpy(z), a).transpose(0, 1).flatten(1).double().numpy()
     want = np.cov(b, bias=True)
-    np.testing.assert_allclose(certificate.covariance(first.mean(0), second.mean(0)), want, atol=1e-6)
-    assert sites == 12
+    np.testing.assert_allclose(certificate.covariance(first, second)[0], want, atol=1e-6)
+
+
+def test_the_rate_in_blocks_is_the_sum_over_coefficients() -> None:
+    shape = Shape(channels=6, k=5, context=4, c_ref=6, block=2)
+    made, z, alpha, blocks = obfuscator(shape=shape), random(30, 6, 4, 6).numpy(), 0.3, 6
+    a = torch.full((30,), alpha)
+    b = made.signal(torch.from_numpy(z), a).view(30, 5, 4, blocks).double().numpy()
+    bits = made.allocation(a[:1])[0].double().view(5, 4)
+    gain, want = channel.gain(bits, shape.bound).numpy(), 0.0
+    for f in range(4):
+        s = np.cov(b[:, :, f].transpose(1, 0, 2).reshape(5, -1), bias=True)
+        inside = np.eye(5) + gain[:, f, None] * s * gain[:, f]
+        want += blocks * min(0.5 * np.linalg.slogdet(inside)[1] / math.log(2), bits[:, f].sum().item())
+    assert rate(made, z, alpha).mean == pytest.approx(want, rel=1e-4)
+    assert rate(made, z, alpha).mean < capacity(made, alpha, 24) * 0.999, "the data, not the cap, decides here"
+
+
+@pytest.mark.parametrize(("block", "want"), [(1, 49), (8, 256), (4, 144)])
+def test_a_region_counts_the_blocks_it_can_lie_in(block: int, want: int) -> None:
+    assert certificate.touched(block, 49, 1024) == want
+    assert certificate.touched(block, 49, 40) == 40
 
 
 def test_the_interval_resamples_records_and_not_sites() -> None:
@@ -145,7 +169,7 @@ def test_the_rate_never_exceeds_the_capacity(alpha: float, seed: int, scale: flo
 
 
 def test_a_signal_always_at_its_bound_reaches_the_capacity_and_no_more() -> None:
-    """Independent signs: E b = 0 and S = B^2 I, equality in Hadamard's inequality."""
+    """Independent signs: E b = 0 and S = B^2 I, equality in Hadamard's inequality; few bits, where power decides."""
     made = linear(torch.eye(4), bound=2.0)
     z = 1e4 * np.array(np.meshgrid(*[[-1, 1]] * 4), np.float32).reshape(4, 16).T[:, :, None, None]
     assert rate(made, z, 0.3).mean == pytest.approx(capacity(made, 0.3, 1), rel=1e-5)

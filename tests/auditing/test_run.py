@@ -76,6 +76,9 @@ def test_an_audit_is_complete_resumes_and_can_be_read(
     assert {o.tap for o in result.outcomes} == {
         "clean head output", "sfumato", "plain noise", "blurred input", "pixelated input",
     }  # fmt: skip
+    compared = result.compared(0.8)
+    assert set(compared) == {"sfumato", "plain noise", "blurred input", "pixelated input"}
+    assert all(set(figures) >= {"auc", "psnr"} for figures in compared.values())
     assert result.left_out == {"attributes": "the data comes with no attributes"}
     assert result.conditions["people"] == PEOPLE and result.conditions["records"] == PEOPLE * EACH
     assert result.verdict(0.8) is not Verdict.BROKEN
@@ -91,6 +94,7 @@ def test_an_audit_is_complete_resumes_and_can_be_read(
 
     again.to_html(tmp_path / "audit.html")
     page = (tmp_path / "audit.html").read_text()
+    assert "Against baselines at the same utility" in page
     assert str(result.verdict(0.8)) in page and "identity linkage" in page and page.count("<svg") == 3
     assert "left out" in page and not any(f'{word}="http' in page for word in ("src", "href", "xlink:href"))
     assert html(again, keep_pictures=True).count("data:image") > page.count("data:image")
@@ -105,11 +109,11 @@ def test_a_planted_leak_breaks_the_verdict(protected: Protected, folder: Path, t
 def test_a_gate(protected: Protected, folder: Path, tmp_path: Path) -> None:
     result = audited(protected, folder, tmp_path)
     assert result.above({"auc": -1.0})[0].startswith("alpha 0.8: auc") and "tar" in result.above({"tar": -1.0})[0]
-    rising = [replace(o, curve=[0.5, 0.6, 0.7, 0.8], anchors={"auc": 0.5}) for o in result.outcomes]
+    chance = [replace(o, figures={"auc": 0.5}, anchors={"auc": 0.5}, curve=[]) for o in result.outcomes]
+    rising = [replace(o, curve=[0.5, 0.6, 0.7, 0.8]) for o in chance]
     inconclusive = replace(result, outcomes=rising).above({"auc": 2.0})
     assert inconclusive == [f"alpha 0.8: {Verdict.INCONCLUSIVE}"], "attackers that were still improving pass no gate"
-    still = [replace(o, curve=[]) for o in result.outcomes]
-    strong = [replace(o, figures={"auc": 1.0, "psnr": 30.0}) if o.tap == "clean head output" else o for o in still]
+    strong = [replace(o, figures={"auc": 1.0, "psnr": 30.0}) if o.tap == "clean head output" else o for o in chance]
     assert replace(result, outcomes=strong).above({"auc": 2.0}) == []
     with pytest.raises(RequestError, match="not audited"):
         result.verdict(0.7)

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sfumato.core import artefact
-from sfumato.core.artefact import Header, digest_of, read, write
+from sfumato.core.artefact import VERSION, Header, digest_of, read, write
 from sfumato.core.errors import ArtefactError, OutputError
 from sfumato.core.obfuscator import Obfuscator, Shape
 from sfumato.core.restorer import Restorer
@@ -62,7 +62,7 @@ def tensors_of(side: str, dtype: torch.dtype = torch.float32) -> Tensors:
 def header_of(side: str, tensors: Tensors | None = None) -> Header:
     fit = {"images": 1600, "seed": 0, "data": [MODEL[:8], None, True], "loss": 0.25, "name": 'a "ü" \\'}
     client = digest_of(tensors if tensors is not None and side == "client" else tensors_of("client"))
-    return Header(side, 1, MODEL, "pool2", "detection", 4, SHAPE, client, "adapted", fit, {"ap": {"0.8": 0.91}})
+    return Header(side, VERSION, MODEL, "pool2", "detection", 4, SHAPE, client, "adapted", fit, {"ap": {"0.8": 0.91}})
 
 
 def packed(side: str) -> bytes:
@@ -335,7 +335,7 @@ HOSTILE = {
     "deep axes": ("server", edited("server", lambda t: t.update({"tail.x": torch.ones([1] * 9)})), "torch module"),
     "another digest": ("client", lambda: forged(value_of("client", digest="0" * 64), tensors_of("client")), "digest"),
     "other tensors": ("server", lambda: forged(value_of("server", tensors_digest=MODEL), tensors_of("server")), "its"),
-    "another version": ("client", lambda: forged(value_of("client", version=2), tensors_of("client")), "version"),
+    "another version": ("client", lambda: forged(value_of("client", version=1), tensors_of("client")), "version"),
     "no version": ("client", lambda: forged({"side": "client"}, tensors_of("client")), "version"),
     "the other side": ("client", lambda: packed("server"), "a server artefact"),
     "a pickle": ("client", lambda: b"\x80\x04\x95" + bytes(400), "not a safetensors file"),
@@ -402,11 +402,13 @@ def test_no_file(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"model_digest": "abc"}, "model_digest"),
-        ({"version": 2}, "version"),
+        ({"version": 1}, "version"),
         ({"ndim": 5}, "ndim"),
         ({"tail": "melted"}, "tail"),
         ({"shape": Shape(3, k=2**16)}, "k"),
         ({"shape": Shape(3, bound=float("nan"))}, "bound"),
+        ({"shape": Shape(3, block=17)}, "block"),
+        ({"shape": Shape(3, k=2**12, block=8)}, "k block"),
         ({"fit": {"loss": float("nan")}}, "not JSON"),
         ({"metrics": {"picture": b"bytes"}}, "not JSON"),
         ({"fit": {1: 0, "b": 0}}, "not JSON"),

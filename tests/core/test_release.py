@@ -22,14 +22,14 @@ def release(n: int = 2, k: int = 3, h: int = 4, w: int = 5, ndim: int = 4, seed:
     return Release(codes, alpha, f"{seed:02x}" * 32, torch.full((n,), 9.0), ndim)
 
 
-def forged(n: int, k: int, h: int, w: int, *, body: int, ndim: int = 4, alpha: float = 0.5) -> bytes:
-    head = struct.pack("<4sBBHIII32s", b"SFUM", 1, ndim, k, h, w, n, bytes(32))
+def forged(n: int, k: int, h: int, w: int, *, body: int, ndim: int = 4, alpha: float = 0.5, block: int = 1) -> bytes:
+    head = struct.pack("<4sBBHHIII32s", b"SFUM", 2, ndim, k, block, h, w, n, bytes(32))
     return head + struct.pack("<f", alpha) * min(n, 99) + bytes(body)
 
 
 def same(a: Release, b: Release) -> bool:
     tensors = torch.equal(a.tensor, b.tensor) and a.tensor.dtype == b.tensor.dtype and torch.equal(a.alpha, b.alpha)
-    return tensors and (a.digest, a.ndim) == (b.digest, b.ndim)
+    return tensors and (a.digest, a.ndim, a.block, a.sites) == (b.digest, b.ndim, b.block, b.sites)
 
 
 @steady
@@ -44,8 +44,16 @@ def test_round_trip(axes: tuple[int, int, int, int], seed: int) -> None:
 
 def test_the_layout_is_the_documented_one() -> None:
     data = release(1, 2, 1, 3, seed=7).to_bytes()
-    assert data[:6] == b"SFUM\x01\x04" and struct.unpack_from("<HIII", data, 6) == (2, 1, 3, 1)
-    assert data[20:52] == bytes([7]) * 32 and len(data) == 52 + 4 + 6
+    assert data[:6] == b"SFUM\x02\x04" and struct.unpack_from("<HHIII", data, 6) == (2, 1, 1, 3, 1)
+    assert data[22:54] == bytes([7]) * 32 and len(data) == 54 + 4 + 6
+
+
+def test_blocks_and_the_sites_they_cover_travel() -> None:
+    plain = release(2, 12, 2, 3)
+    sent = Release(plain.tensor, plain.alpha, plain.digest, plain.bits, block=2, sites=(3, 6))
+    got = Release.from_bytes(sent.to_bytes())
+    assert same(got, sent) and (got.block, got.sites) == (2, (3, 6))
+    assert Release(plain.tensor, plain.alpha, plain.digest, plain.bits, block=2).sites == (4, 6)
 
 
 def test_a_frame_is_at_most_70_kb() -> None:
@@ -69,19 +77,19 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 @given(flips=st.lists(st.tuples(st.integers(0, 183), st.integers(1, 255)), min_size=1, max_size=4))
 def test_mutated_bytes_are_refused_or_another_release(flips: list[tuple[int, int]]) -> None:
     data = bytearray(release().to_bytes())
-    assert len(data) == 180
+    assert len(data) == 182
     for place, flip in flips:
-        data[place % 180] ^= flip
+        data[place % 182] ^= flip
     try:
         got = Release.from_bytes(bytes(data))
     except ReleaseError:
         return
     assert got.to_bytes() == bytes(data) and bool(((got.alpha >= 0) & (got.alpha < 1)).all())
-    assert unfold(got.tensor, got.ndim).ndim == got.ndim
+    assert unfold(torch.empty(1, 1, *got.sites, device="meta"), got.ndim).ndim == got.ndim
 
 
 @steady
-@given(cut=st.integers(0, 179), extra=st.binary(min_size=1, max_size=9))
+@given(cut=st.integers(0, 181), extra=st.binary(min_size=1, max_size=9))
 def test_truncated_and_padded_are_refused(cut: int, extra: bytes) -> None:
     data = release().to_bytes()
     for wrong in (data[:cut], data + extra):
@@ -98,6 +106,8 @@ def test_truncated_and_padded_are_refused(cut: int, extra: bytes) -> None:
         forged(1, 0, 4, 4, body=0),
         forged(1, 1, 0, 4, body=0),
         forged(1, 1, 1, 2**31, body=2),
+        forged(1, 1, 4, 4, body=16, block=2),
+        forged(1, 1, 4, 4, body=16, block=0),
         forged(1, 1, 1, 1, body=1, ndim=5),
         forged(1, 1, 1, 1, body=1, ndim=0),
         forged(1, 1, 2, 2, body=4, ndim=3),
@@ -105,7 +115,7 @@ def test_truncated_and_padded_are_refused(cut: int, extra: bytes) -> None:
         forged(1, 1, 1, 1, body=1, alpha=1.0),
         forged(1, 1, 1, 1, body=1, alpha=-0.5),
         forged(1, 1, 1, 1, body=1, alpha=float("nan")),
-        forged(1, 1, 1, 1, body=1).replace(b"SFUM\x01", b"SFUM\x02"),
+        forged(1, 1, 1, 1, body=1).replace(b"SFUM\x02", b"SFUM\x01"),
     ],
 )
 def test_forged_headers_are_refused(data: bytes) -> None:

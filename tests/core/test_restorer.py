@@ -28,7 +28,8 @@ def restorer(seed: int = 0) -> Restorer:
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
 def test_wiener_is_the_least_squares_estimate(alpha: float) -> None:
     made, a = restorer(), torch.tensor([alpha])
-    made.growth.zero_()  # the units of alpha itself
+    made.growth.zero_()  # the units of the signal itself
+    made.spread.zero_()
     deviation = (0.5 * (made.log_variance + alpha * made.variance_growth)).exp()[None, :, None, None]
     b = random(1, 5, 200, 200, seed=1) * deviation
     y = channel.gain(made.allocation(a), SHAPE.bound)[:, :, None, None] * b + random(1, 5, 200, 200, seed=2)
@@ -38,6 +39,14 @@ def test_wiener_is_the_least_squares_estimate(alpha: float) -> None:
     assert (estimate - want).square().mean() < 1e-4 * b.square().mean()
     for factor in (0.8, 1.2):
         assert (estimate - b).square().mean() < (factor * estimate - b).square().mean()
+
+
+def test_a_part_block_is_cut_off() -> None:
+    shape = Shape(channels=6, k=5, context=4, block=3)
+    made = Restorer(shape).eval().requires_grad_(False)
+    codes = (40 * random(1, *shape.codes((4, 8)))).round().clamp(-127, 127).to(torch.int8)
+    cut, whole = made.restore(codes, torch.tensor([0.3]), (4, 8)), made.restore(codes, torch.tensor([0.3]))
+    assert codes.shape == (1, 45, 2, 3) and cut.shape == (1, 6, 4, 8) and whole.shape == (1, 6, 6, 9)
 
 
 @steady

@@ -82,3 +82,10 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path) -> None:
 def test_a_missing_file_says_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="--weights"):
         detector(tmp_path / "none.pth")
+
+
+def test_weights_that_overflowed_are_refused() -> None:
+    state = FaceBoxes().state_dict()
+    state["conv1.bn.running_var"] = torch.full((24,), 1e5).half()
+    with pytest.raises(WeightsError, match=r"conv1\.bn\.running_var holds values that are not finite"):
+        with_weights(state)

@@ -1,5 +1,6 @@
 """Both tasks fill the protocol, and their losses and agreements mean what they say."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from sfumato.core.task import Task
 from sfumato.facade import face_split
 from sfumato.tasks.classification import Classification
 from sfumato.tasks.detection.boxes import priors
-from sfumato.tasks.detection.task import CONFIDENT, MEAN_BGR, FaceDetection
+from sfumato.tasks.detection.task import MEAN_BGR, FaceDetection
 
 SIZE = (128, 128)
 FACES = FaceDetection(size=SIZE)
@@ -52,11 +53,17 @@ def test_distance_is_zero_at_the_teacher_and_grows() -> None:
     assert (FACES.distance(near, teacher) > 0).all()
 
 
-def test_boxes_of_background_do_not_count() -> None:
-    teacher = outputs(0)
-    confident = torch.softmax(teacher[1], -1)[..., 1] > CONFIDENT
-    loc = teacher[0] + 5.0 * (~confident)[..., None]
-    assert FACES.distance((loc, teacher[1]), teacher).tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
+def test_an_anchor_counts_as_far_as_the_teacher_believes_in_it() -> None:
+    loc, conf = torch.zeros(1, 2, 4), torch.tensor([[[0.0, -30.0], [0.0, math.log(0.1 / 0.9)]]])
+    moved = loc.clone()
+    moved[0, 0] = 5.0
+    assert FACES.distance((moved, conf), (loc, conf)).item() == pytest.approx(0.0, abs=1e-5), "no box of background"
+    moved[0, 1] = 5.0
+    assert FACES.distance((moved, conf), (loc, conf)).item() == pytest.approx(0.1 * 4 * 4.5 / 1.1, rel=1e-4)
+    # KL by hand between .1 and .5: of a detection that the score .5 would never show
+    assert FACES.distance((loc, conf * torch.tensor([[[1.0], [0.0]]])), (loc, conf)).item() == pytest.approx(
+        (0.1 * math.log(0.1 / 0.5) + 0.9 * math.log(0.9 / 0.5)) / 1.1, rel=1e-4
+    )
 
 
 def test_agreement_of_detectors() -> None:

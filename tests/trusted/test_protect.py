@@ -14,9 +14,9 @@ from sfumato.trusted.protect import Protected
 DIGEST = "ab" * 32
 
 
-def made(size: int = 3) -> Protected:
+def made(size: int = 3, block: int = 1) -> Protected:
     torch.manual_seed(0)
-    shape = Shape(channels=6, k=5, context=4)
+    shape = Shape(channels=6, k=5, context=4, block=block)
     head, tail = nn.Conv2d(3, 6, 4, 4), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, size))
     outside = Outside(Restorer(shape), tail, DIGEST)
     return Protected(head.eval(), Obfuscator(shape), Classification(), DIGEST, outside=outside)
@@ -75,8 +75,21 @@ def test_the_outside_answers_only_its_own_obfuscator() -> None:
         protected.outside(clean)
 
 
-def test_the_release_survives_the_wire() -> None:
-    protected = made()
+def test_sites_that_fill_no_whole_block_count_whole() -> None:
+    protected = made(block=4)
+    release = protected(picture(20, 24), alpha=0.8)  # 5 x 6 sites in 2 x 2 blocks of 16
+    assert release.tensor.shape == (1, 80, 2, 2) and release.sites == (5, 6)
+    assert float(release.bits[0]) == pytest.approx(0.2 * 64 * 64, rel=1e-4)
+    assert protected.outside is not None
+    protected.outside(release)
+    other = Release(release.tensor, release.alpha, DIGEST, release.bits, block=2, sites=(4, 4))
+    with pytest.raises(ReleaseError, match=r"for \[4, 4\] sites"):
+        protected.outside(other)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_the_release_survives_the_wire(block: int) -> None:
+    protected = made(block=block)
     release = protected(picture(), alpha=0.5)
     assert protected.outside is not None
     there = Release.from_bytes(release.to_bytes())

@@ -1,6 +1,6 @@
 """Averaging: the mean of K releases of one record has noise of variance 1/K; the decoder is retrained on such means.
 
-    c_i(K) = 1/2 log2(1 + K g_i^2 B^2)        what K releases can tell at most (core/channel.py)
+    c_i(K) = min(1/2 log2(1 + K A_i^2), log2(1 + sqrt(K) A_i / q))        at most (core/channel.py)
 
 Needs: white box, pairs, and K releases of one record under fresh noise. Against noise keyed to the record it gains
 nothing, because the K releases are one.

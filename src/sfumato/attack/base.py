@@ -61,7 +61,7 @@ class Clean:
 
 @dataclass(frozen=True)
 class Releases:
-    """Our releases at `alpha`, dequantised; the mean of `repeats` of them, each with fresh noise, where it is above 1.
+    """Our releases at `alpha`, as linear estimates of each site; of the mean of `repeats`, each with fresh noise.
 
     Of several the attacker is given the mean of y before the wire's rounding, the sufficient statistic: more than it
     could have.
@@ -75,27 +75,40 @@ class Releases:
     def name(self) -> str:
         return "sfumato" if self.repeats == 1 else f"sfumato, mean of {self.repeats} releases"
 
-    @torch.inference_mode()
     def see(self, z: Tensor) -> Tensor:
+        return self._estimate(self.observed(z), fold(z)).cpu()
+
+    def expected(self, z: Tensor) -> Tensor:
+        return self._estimate(self.mean(z), fold(z))
+
+    @torch.inference_mode()
+    def observed(self, z: Tensor) -> Tensor:
+        """y itself, [N, k s^2, H, W]: its noise is white, of variance 1 / repeats."""
         obfuscator = self.protected.obfuscator
         sites = fold(z).to(obfuscator.mean.device)
         a = channel.as_alpha(self.alpha, len(sites), sites.device)
         if self.repeats == 1:
-            release = self.protected.obfuscate(sites, a)
-            return (release.tensor * obfuscator.allocation.steps(a)).cpu()
-        shape = (*sites.shape[2:], obfuscator.shape.k)
-        total = torch.zeros(len(z), *shape)
+            y: Tensor = self.protected.obfuscate(sites, a).tensor * obfuscator.allocation.steps(a)
+            return y
+        channels, high, wide = obfuscator.shape.codes(sites.shape[2:])
+        total = torch.zeros(len(z), high, wide, channels)
         for _ in range(self.repeats):
-            total += self.protected.noise.normals(len(z), shape)
+            total += self.protected.noise.normals(len(z), (high, wide, channels))
         mean = (total / self.repeats).permute(0, 3, 1, 2).to(sites.device)
-        y: Tensor = obfuscator(sites, a, mean).cpu()
+        y = obfuscator(sites, a, mean)
         return y
 
-    def expected(self, z: Tensor) -> Tensor:
-        obfuscator = self.protected.obfuscator
+    def mean(self, z: Tensor) -> Tensor:
+        """The mean of `observed` over the noise, differentiable."""
+        obfuscator, sites = self.protected.obfuscator, fold(z)
         a = channel.as_alpha(self.alpha, len(z), z.device)
-        gain = channel.gain(obfuscator.allocation(a), obfuscator.shape.bound)[:, :, None, None]
-        return gain * obfuscator.signal(fold(z), a)
+        y: Tensor = obfuscator(sites, a, sites.new_zeros(len(sites), *obfuscator.shape.codes(sites.shape[2:])))
+        return y
+
+    def _estimate(self, y: Tensor, sites: Tensor) -> Tensor:
+        a = channel.as_alpha(self.alpha, len(y), y.device)
+        size = (sites.shape[2], sites.shape[3])
+        return self.protected.obfuscator.estimate(y, a, size, releases=self.repeats)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,12 @@
 """p ~ s t(y_i) + o: the pictures one would look at first, without learning a network.
 
-Each channel y_i of what the wire shows, and their mean weighted by gain, goes through each transform t (itself,
+Each channel y_i of what the wire shows, and their mean weighted by bits, goes through each transform t (itself,
 Gaussian blur, gamma, Sobel, Haar approximation, min-max stretch); s and o are one least-squares line per pair of
 channel and transform, from the grey pictures of training records. Channel and transform are chosen on training records
 too, by error and again by SSIM (of the SHORTLIST of least error), and scored on test records beside the mean picture.
 
 Shapes: y [n, c, h, w] -> pictures [n, h, w] in 0..1, reduced to one pixel a site by area. Needs: pairs of a record and
-what the wire shows of it; of a white box only the gains. Source: the transforms of any image viewer; the Haar
+what the wire shows of it; of a white box only the bits. Source: the transforms of any image viewer; the Haar
 approximation is Mallat, A Wavelet Tour of Signal Processing, 3rd ed., section 7.7.
 """
 
@@ -117,20 +117,21 @@ def reduced(prey: Prey, rows: np.ndarray) -> Picture:
 
 
 def seen(prey: Prey, tap: Tap, rows: np.ndarray) -> NDArray[np.float32]:
-    """What the tap shows of `rows`, [n, c + 1, h, w]: the last channel is the mean of the others, weighted by gain."""
+    """What the tap shows of `rows`, [n, c + 1, h, w]: the last channel is the mean of the others, weighted by bits."""
     parts = [tap.see(prey.cut(part)).float().cpu() for part in batches(rows, _BATCH)]
-    y, weights = torch.cat(parts), _gains(tap, parts[0].shape[1])
+    y, weights = torch.cat(parts), _weights(tap, parts[0].shape[1])
     mean = (y * weights[:, None, None]).sum(1, keepdim=True) / weights.sum()
     return np.ascontiguousarray(torch.cat([y, mean], 1).numpy())
 
 
-def _gains(tap: Tap, channels: int) -> Tensor:
-    """The obfuscator's gains; equal weights where there are none."""
+def _weights(tap: Tap, channels: int) -> Tensor:
+    """The obfuscator's bits a channel; equal weights where there are none."""
     if not isinstance(tap, Releases):
         return torch.ones(channels)
     obfuscator = tap.protected.obfuscator
     a = channel.as_alpha(tap.alpha or 0.0, 1, obfuscator.mean.device)
-    return channel.gain(obfuscator.allocation(a), obfuscator.shape.bound)[0].detach().cpu()
+    bits: Tensor = obfuscator.allocation(a)[0].detach().cpu()
+    return bits.view(obfuscator.shape.k, -1).sum(1)
 
 
 def chosen(y: NDArray[np.float32], known: Picture) -> tuple[Look, Look]:

@@ -20,10 +20,9 @@ from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sfumato.core import channel
 from sfumato.core.errors import ArtefactError
 from sfumato.core.files import write_bytes
-from sfumato.core.obfuscator import Allocation, Shape
+from sfumato.core.obfuscator import Allocation, Shape, linear_estimate
 from sfumato.core.release import Release
 from sfumato.core.task import Image
 from sfumato.trusted.protect import Protected
@@ -31,29 +30,33 @@ from sfumato.trusted.protect import Protected
 UP = 8  # output pixels a site side: [3, 8 h, 8 w]
 WINDOW = 16  # sites a side of a training window: a quarter of TR-4928's input, a quarter of the cost
 _WIDTHS = (128, 96, 64, 32)
+_EXACT = ("allocation.", "spread", "growth")  # the obfuscator's own numbers
 
 
 class Decoder(nn.Module):
-    """Codes int8 [N, k, h, w] at alpha [N] -> BGR picture [N, 3, 8 h, 8 w] in 0..1."""
+    """Codes int8 [N, k s^2, H, W] at alpha [N] -> BGR picture [N, 3, 8 h, 8 w] in 0..1, of whole blocks."""
 
     mean: Tensor
+    spread: Tensor
+    growth: Tensor
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
         self.allocation = Allocation(shape).requires_grad_(requires_grad=False)
+        self.register_buffer("spread", torch.zeros(shape.sent))
+        self.register_buffer("growth", torch.zeros(shape.sent))
         self.register_buffer("mean", torch.zeros(3))
         wide = _WIDTHS[0]
-        self.enter = nn.Conv2d(2 * shape.k, wide, 3, padding=1)
+        self.enter = nn.Conv2d(shape.k, wide, 3, padding=1)
         self.trunk = nn.ModuleList(nn.Conv2d(wide, wide, 3, padding=1) for _ in range(4))
         self.up = nn.ModuleList(nn.Conv2d(a, 4 * b, 3, padding=1) for a, b in pairwise(_WIDTHS))
         self.leave = nn.Conv2d(_WIDTHS[-1], 3, 3, padding=1)
 
     def forward(self, codes: Tensor, alpha: Tensor) -> Tensor:
-        """The attacker knows gain and noise level: it reads y and the Wiener estimate of the signal."""
-        y = codes.float() * self.allocation.steps(alpha)
-        gain = channel.gain(self.allocation(alpha), self.shape.bound)[:, :, None, None]
-        x = F.relu(self.enter(torch.cat([y * gain / (gain**2 + 1), y / (gain + 1)], 1)))
+        """The attacker knows gain and noise level: it reads the linear estimate of what every site sent."""
+        y, logs = codes.float() * self.allocation.steps(alpha), self.spread + alpha[:, None] * self.growth
+        x = F.relu(self.enter(linear_estimate(y, self.allocation(alpha), logs, self.shape, None)))
         for layer in self.trunk:
             x = x + F.relu(layer(x))
         for layer in self.up:
@@ -64,8 +67,9 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def reconstruct(self, release: Release, size: tuple[int, int]) -> Image:
         """What this attacker sees in the first record of a release, as BGR uint8 of (height, width)."""
-        picture = self(release.tensor[:1], release.alpha[:1])[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-        shown = cv2.resize((picture * 255).astype(np.uint8), size[::-1], interpolation=cv2.INTER_CUBIC)
+        high, wide = (UP * side for side in release.sites)
+        picture = self(release.tensor[:1], release.alpha[:1])[0, :, :high, :wide].clamp(0, 1).permute(1, 2, 0)
+        shown = cv2.resize((picture.cpu().numpy() * 255).astype(np.uint8), size[::-1], interpolation=cv2.INTER_CUBIC)
         return np.asarray(shown)
 
 
@@ -91,6 +95,8 @@ def train(
     device = protected.obfuscator.mean.device
     decoder = Decoder(protected.obfuscator.shape)
     decoder.allocation.load_state_dict(protected.obfuscator.allocation.state_dict())
+    decoder.spread.copy_(protected.obfuscator.spread)
+    decoder.growth.copy_(protected.obfuscator.growth)
     decoder = decoder.to(device)
     weights = [p for p in decoder.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=lr)
@@ -103,7 +109,7 @@ def train(
         release = protected.obfuscate(z, alpha)
         if step == 0:
             decoder.mean.copy_(goal.mean((0, 2, 3)))
-        picture = decoder(release.tensor.clone(), release.alpha.clone())
+        picture = decoder(release.tensor.clone(), release.alpha.clone())[:, :, : goal.shape[2], : goal.shape[3]]
         loss = F.l1_loss(picture, goal) + F.mse_loss(picture, goal)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -144,7 +150,7 @@ def score(protected: Protected, decoder: Decoder, photos: Sequence[Image], alpha
     truths, pictures = [], []
     for photo in photos:
         release = protected(photo, alpha=alpha)
-        h, w = release.tensor.shape[2:]
+        h, w = release.sites
         truths.append((target(photo, (h, w)).permute(1, 2, 0).numpy() * 255).astype(np.uint8))
         pictures.append(decoder.reconstruct(release, (UP * h, UP * w)))
     anchor = np.mean(truths, 0).astype(np.uint8)
@@ -163,7 +169,7 @@ def _ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 def save(decoder: Decoder, path: Path, digest: str) -> None:
     """Half-precision weights, bound to the obfuscator's digest."""
-    state = {k: v if k.startswith("allocation.") else v.half() for k, v in decoder.state_dict().items()}
+    state = {k: v if k.startswith(_EXACT) else v.half() for k, v in decoder.state_dict().items()}
     write_bytes(path, serialised({k: v.contiguous() for k, v in state.items()}, {"digest": digest}))
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sfumato.attack.base import Effort, Outcome, Prey, Tap
+from sfumato.attack.base import Effort, Outcome, Prey, Releases, Tap
 from sfumato.attack.reconstruction import score
 from sfumato.trusted.protect import Protected
 
@@ -52,13 +52,14 @@ class Inversion:
         self, prey: Prey, tap: Tap, rows: np.ndarray, mean: Tensor, prior: float, steps: int, quiet: bool
     ) -> tuple[np.ndarray, list[float]]:
         """Pictures uint8, and their PSNR along the way, to see whether it had converged; nothing is chosen by it."""
-        seen = tap.see(prey.cut(rows)).clone()
+        see, expected = (tap.observed, tap.mean) if isinstance(tap, Releases) else (tap.see, tap.expected)
+        seen = see(prey.cut(rows)).clone()
         spread = seen.std()
         enter = _input_of(self.protected, self.side)
         guess = mean.expand(len(rows), *mean.shape).clone().requires_grad_()
         optimiser, curve = torch.optim.Adam([guess], lr=0.03), list[float]()
         for step in tqdm(range(steps), "inversion", disable=quiet, leave=False):
-            residual = ((tap.expected(self.protected.head(enter(guess))) - seen) / spread).square().mean()
+            residual = ((expected(self.protected.head(enter(guess))) - seen) / spread).square().mean()
             loss = residual + prior * _variation(guess)
             (guess.grad,) = torch.autograd.grad(loss, guess)
             optimiser.step()

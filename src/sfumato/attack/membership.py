@@ -76,7 +76,7 @@ class Membership:
 def _score(protected: Protected, outside: Outside, z: Tensor, alpha: float) -> Tensor:
     """[2, n]: closeness of the answers and of the features, by one release of each record."""
     release = protected.obfuscate(z, alpha)
-    restored, clean = outside.restorer.restore(release.tensor, release.alpha), fold(z)
+    restored, clean = outside.restorer.restore(release.tensor, release.alpha, release.sites), fold(z)
     feature = (restored - clean).flatten(1).norm(dim=1) / clean.flatten(1).norm(dim=1).clamp_min(1e-12)
     answer = torch.zeros_like(feature)
     if protected.reference is not None:

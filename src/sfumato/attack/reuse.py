@@ -2,13 +2,15 @@
 
 lo, hi = (code -+ 1/2) step - g b are the ends between which eps lay, open where a code is clipped, and U is a uniform
 draw of the attacker's own: r is eps drawn anew from what its code leaves possible. So rounding (step^2 / 12) and
-saturation need no correction, and every bound below is exact or errs towards silence. Shapes: codes and r [N, k, h, w].
+saturation need no correction, and every bound below is exact or errs towards silence. Shapes: codes and r as a
+release's tensor [N, k, h, w]: where blocks of sites are coded as one, a site here is a block and a channel one of its
+coefficients.
 
 Tried, and what honest noise gives: two releases of a record by two calls, and by one batch, Var(y1 - y2) / 2 = 1 and
 no more identical codes than chance; Var r = 1 in every record and channel, channels without bits included; slope of y
-on g b = 1; no correlation between records or neighbouring sites; copies of the sender and reset seeds repeat nothing;
-alpha and bits are declared as asked. `caught` names the first that fails. Honest noise fails any with a probability
-below ALARM, by these bounds, each with its share of ALARM (t nats):
+on g b = 1; no correlation between records, neighbouring sites or channels; copies of the sender and reset seeds repeat
+nothing; alpha and bits are declared as asked. `caught` names the first that fails. Honest noise fails any with a
+probability below ALARM, by these bounds, each with its share of ALARM (t nats):
 
     |cos(r, r')| <= sqrt(2 t / n)                                  Ball, Modern Convex Geometry (1997), lemma 2.2
     1 - 2 sqrt(t / n) <= |r|^2 / n <= 1 + 2 sqrt(t / n) + 2 t / n  Laurent and Massart, Ann. Statist. 28 (2000), lemma 1
@@ -42,7 +44,7 @@ from sfumato.trusted.protect import Protected
 
 RECORDS = 64
 ALARM = 1e-6  # probability that honest noise is called a leak, all tests of one attack together
-_TESTS = 10
+_TESTS = 11
 _BATCH = 16
 _OTHERS = tuple(i / 20 for i in range(20))  # alphas that a sender who ignores alpha may use instead: 0, .05, ... .95
 _LEAST = 1e-300  # of a double's logarithm; a residual of 37 deviations is far enough
@@ -130,7 +132,7 @@ def expected(protected: Protected, z: Tensor, alpha: float) -> tuple[Tensor, Ten
     """g b [N, k, h, w] and the step [N, k, 1, 1] at alpha, as anyone computes them who has the client's artefact."""
     obfuscator = protected.obfuscator
     sites, a = fold(z.to(obfuscator.mean.device)), channel.as_alpha(alpha, len(z), obfuscator.mean.device)
-    silence = torch.zeros(len(z), obfuscator.shape.k, *sites.shape[2:], device=sites.device)
+    silence = torch.zeros(len(z), *obfuscator.shape.codes(sites.shape[2:]), device=sites.device)
     return obfuscator(sites, a, silence).cpu().double(), obfuscator.allocation.steps(a).cpu().double()
 
 
@@ -210,6 +212,7 @@ class _Suspect:
         found["correlation of records"] = self._largest_between_records(), cosine_bound(r[0].numel(), self._pairs)
         even, odd = _neighbours(r)
         found["correlation of sites"] = cosine(even, odd), 0.0
+        found["correlation of channels"] = cosine(*_beside(r)), 0.0
         found["correlation of copies"] = _largest(self.copied), cosine_bound(self.batch[0].noise.numel(), 6)
         found["correlation of reset seeds"] = _largest(self.seeded), cosine_bound(self.batch[0].noise.numel())
         found["declared alpha"] = float(self.first.alpha.mean()), self.alpha
@@ -226,8 +229,9 @@ class _Suspect:
     @property
     def _bits(self) -> float:
         # The release counts in float32, which close to alpha 1 is another alpha.
-        withheld, sites = float(np.float32(self.alpha)), self.first.codes.shape[2:].numel()
-        return (1 - withheld) * self.protected.obfuscator.shape.c_ref * sites
+        withheld, places = float(np.float32(self.alpha)), self.first.codes.shape[2:].numel()
+        shape = self.protected.obfuscator.shape
+        return (1 - withheld) * shape.c_ref * shape.block**2 * places
 
     @property
     def _pairs(self) -> int:
@@ -280,6 +284,10 @@ class _Suspect:
         return None
 
     def _clustered(self, figures: dict[str, float]) -> str | None:
+        # First: noise shared within a record leaves it fewer elements than the next bound counts.
+        even, _ = _beside(self.first.noise)
+        if even.numel() and abs(across := figures["correlation of channels"]) > cosine_bound(even.numel()):
+            return f"Noise is shared between channels: they are correlated by {across:.2g}."
         size, most = self.first.noise[0].numel(), figures["correlation of records"]
         if most > cosine_bound(size, self._pairs):
             return f"Noise is shared between some records: two residuals are correlated by {most:.2g}."
@@ -338,6 +346,12 @@ def _neighbours(r: Tensor) -> tuple[Tensor, Tensor]:
     sites = r.flatten(2)
     even = sites[:, :, : sites.shape[2] // 2 * 2]
     return even[:, :, 0::2], even[:, :, 1::2]
+
+
+def _beside(r: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels 0, 2, 4, ... and 1, 3, 5, ..., likewise."""
+    even = r[:, : r.shape[1] // 2 * 2]
+    return even[:, 0::2], even[:, 1::2]
 
 
 def _largest(readings: list[Reading]) -> float:

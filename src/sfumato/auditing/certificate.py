@@ -1,7 +1,8 @@
 """What no attacker can exceed, and two local estimates: capacity, Gaussian rate, Fisher information.
 
-    bits(n, K) = n sum_i 1/2 log2(1 + K (2^(2 c_i) - 1))                          n sites, K releases          (7)
-    R = n 1/2 log2 det(1 + K G S G) <= bits(n, K)                                 S the covariance of b        (8)
+    bits(n, K) = n sum_i c_i(K)                                                   n sites, K releases          (7)
+    R = sum_f m 1/2 log2 det(1 + K G_f S_f G_f), at most bits(n, K)               m blocks, S_f the            (8)
+        covariance of b in coefficient f of a block
     I(x) = J^T J,  J the Jacobian of x -> g b(head(x)),  tr I = E |J^T v|^2       v Rademacher            (9), (10)
     MSE >= d / tr I = 1 / eta^2                                                   d numbers a record, dFIL eta (11)
 
@@ -99,8 +100,9 @@ def certify(
     seed: int = 0,
 ) -> Certificate:
     """Everything at once: the rate from head outputs z, the Fisher bound from records of the input size."""
-    obfuscator, sites = protected.obfuscator, fold(torch.from_numpy(z[:1])).shape[2:].numel()
-    region = min(region, sites)
+    obfuscator = protected.obfuscator
+    sites = obfuscator.shape.coded(fold(torch.from_numpy(z[:1])).shape[2:])
+    region = touched(obfuscator.shape.block, region, sites)
     found = fisher(protected, records, alpha, probes=probes, seed=seed)
     return Certificate(
         alpha,
@@ -118,6 +120,15 @@ def certify(
     )
 
 
+def touched(block: int, region: int, sites: int) -> int:
+    """Sites of all blocks that a square of `region` sites can lie in: what codes it can speak through."""
+    if block == 1:
+        return min(region, sites)
+    side = math.isqrt(region - 1) + 1
+    across = math.ceil((side - 1) / block) + 1
+    return min(sites, (across * block) ** 2)
+
+
 def capacity(obfuscator: Obfuscator, alpha: float, sites: int, *, releases: int = 1) -> float:
     """Most bits that the codes of `sites` sites carry, in `releases` releases of one record together."""
     _at_least(1, sites=sites, releases=releases)
@@ -125,42 +136,50 @@ def capacity(obfuscator: Obfuscator, alpha: float, sites: int, *, releases: int 
 
 
 def rate(obfuscator: Obfuscator, z: np.ndarray, alpha: float, *, releases: int = 1, seed: int = 0) -> Estimate:
-    """Most bits that a record of such covariance sends; z [n, C, h, w], or as the head gives it."""
+    """Most bits that a record of such covariance sends, at most `capacity`; z [n, C, h, w], or as the head gives it."""
     _at_least(1, releases=releases)
     _at_least(2, records=len(z))
-    first, second, sites = _moments(obfuscator, z, alpha)
-    bits = obfuscator.allocation(channel.as_alpha(alpha, 1, obfuscator.mean.device))
-    gain = channel.gain(bits, obfuscator.shape.bound)[0].detach().cpu().double().numpy()
     # The first row is the sample itself, the others resample whole records: sites of one record are no separate draws.
     weights = np.vstack([np.full(len(z), 1 / len(z)), _resamples(len(z), seed)])
-    s = covariance(weights @ first, np.tensordot(weights, second, 1))
-    values = sites * gaussian_rate(s, gain, releases)
+    shape = obfuscator.shape
+    bits = obfuscator.allocation(channel.as_alpha(alpha, 1, obfuscator.mean.device)).detach().cpu().double()
+    most = channel.repeated(bits, releases).view(shape.k, -1).sum(0).numpy()
+    gain = channel.gain(bits, shape.bound).view(shape.k, -1).numpy()
+    b = _signals(obfuscator, z, alpha)
+    values = np.zeros(len(weights))
+    for f in np.flatnonzero(most):
+        s = covariance(*_moments(b[:, :, f], weights))
+        values += b.shape[3] * np.minimum(gaussian_rate(s, gain[:, f], releases), most[f])
     low, high = np.quantile(values[1:], (0.025, 0.975))
     return Estimate(float(values[0]), float(low), float(high), len(z))
 
 
 def covariance(first: Floats, second: Floats) -> Floats:
-    """S = E[b b^T] - E[b] E[b]^T [..., k, k], divided by the number of sites and so never above B^2 on the diagonal."""
+    """S = E[b b^T] - E[b] E[b]^T [..., k, k], divided by the number of blocks and so at most B^2 on the diagonal."""
     return np.asarray(second - first[..., :, None] * first[..., None, :])
 
 
 def gaussian_rate(s: Floats, gain: Floats, releases: int = 1) -> Floats:
-    """1/2 log2 det(1 + K G S G), bits a site, for every S of [..., k, k]."""
-    inside = np.eye(len(gain)) + releases * gain[:, None] * s * gain
+    """1/2 log2 det(1 + K G S G), bits a block, for every S of [..., k, k] and gain of [..., k]."""
+    inside = np.eye(gain.shape[-1]) + releases * gain[..., :, None] * s * gain[..., None, :]
     return np.asarray(np.linalg.slogdet(inside)[1] / math.log(4))  # (8)
 
 
 @torch.inference_mode()
-def _moments(obfuscator: Obfuscator, z: np.ndarray, alpha: float) -> tuple[Floats, Floats, int]:
-    """E[b] [n, k] and E[b b^T] [n, k, k] of every record, over its sites; and its number of sites."""
-    first, second, sites = [], [], 0
+def _signals(obfuscator: Obfuscator, z: np.ndarray, alpha: float) -> np.ndarray:
+    """b of every record, [n, k, s^2, m] float32: m blocks of s^2 coefficients."""
+    parts = []
     for start in range(0, len(z), _BATCH):
         part = fold(torch.from_numpy(z[start : start + _BATCH].astype(np.float32)).to(obfuscator.mean.device))
-        b = obfuscator.signal(part, channel.as_alpha(alpha, len(part), part.device)).flatten(2).double()
-        sites = b.shape[2]
-        first.append(b.mean(2).cpu())
-        second.append((b @ b.transpose(1, 2) / sites).cpu())
-    return torch.cat(first).numpy(), torch.cat(second).numpy(), sites
+        b = obfuscator.signal(part, channel.as_alpha(alpha, len(part), part.device)).flatten(2)
+        parts.append(b.unflatten(1, (obfuscator.shape.k, -1)).cpu())
+    return torch.cat(parts).numpy()
+
+
+def _moments(b: np.ndarray, weights: Floats) -> tuple[Floats, Floats]:
+    """E[b] [r, k] and E[b b^T] [r, k, k] over the blocks of b [n, k, m], its records weighted by [r, n]."""
+    b = b.astype(np.float64)
+    return weights @ b.mean(2), np.tensordot(weights, b @ b.transpose(0, 2, 1) / b.shape[2], 1)
 
 
 def fisher(
@@ -187,11 +206,11 @@ def fisher(
 def _encoder(protected: Protected, alpha: float) -> Callable[[Tensor], Tensor]:
     """x -> g b(head(x)), the mean of y; differentiable even where the modules were made in inference mode."""
     head, obfuscator = _differentiable(protected.head), _differentiable(protected.obfuscator)
-    k = protected.obfuscator.shape.k
+    shape = protected.obfuscator.shape
 
     def encode(x: Tensor) -> Tensor:
         sites = fold(head(x))
-        silence = sites.new_zeros(len(sites), k, *sites.shape[2:])
+        silence = sites.new_zeros(len(sites), *shape.codes(sites.shape[2:]))
         return obfuscator(sites, channel.as_alpha(alpha, len(sites), sites.device), silence)
 
     return encode

@@ -54,9 +54,21 @@ def _row(result: Audit, alpha: float) -> dict[str, Any]:
         "verdict": result.verdict(alpha),
         "worst": worst(result.against(alpha)),
         "utility": result.utility.get(f"sfumato {alpha:g}"),
+        "compared": _compared(result, alpha),
         "caught": [o.caught for o in result.against(alpha) if o.caught],
         "certificate": certificate,
     }
+
+
+def _compared(result: Audit, alpha: float) -> list[dict[str, Any]]:
+    """A row each of ours and the baselines: utility, best attackers' figures, and where a baseline leaks less."""
+    found = result.compared(alpha)
+    ours = found.get("sfumato", {})
+    rows = []
+    for tap, figures in found.items():
+        less = [short for short, value in figures.items() if tap != "sfumato" and value < ours.get(short, value)]
+        rows.append({"tap": tap, "utility": result.utility.get(f"{tap} {alpha:g}"), "figures": figures, "less": less})
+    return rows
 
 
 def _series(result: Audit) -> dict[str, list[tuple[float, dict[str, float]]]]:

@@ -95,6 +95,14 @@ class Audit:
         """Outcomes against clean head outputs: the control."""
         return [o for o in self.outcomes if o.tap == Clean().name]
 
+    def compared(self, alpha: float) -> dict[str, dict[str, float]]:
+        """Best attacker's figures through ours and through every baseline of this alpha, by the same attackers."""
+        taps = dict.fromkeys(o.tap for o in self.outcomes if o.alpha == alpha and o.tap != Clean().name)
+        common = {o.attacker for o in self.outcomes if o.alpha == alpha and o.tap in taps and o.tap != "sfumato"}
+        rows = {tap: [o for o in self.outcomes if (o.tap, o.alpha) == (tap, alpha)] for tap in taps}
+        found = {tap: worst([o for o in outcomes if o.attacker in common]) for tap, outcomes in rows.items()}
+        return found if len(found) > 1 else {}
+
     def verdict(self, alpha: float) -> Verdict:
         """Raises RequestError for an alpha that was not audited."""
         return verdict(self.against(alpha), self.clean, self.limits)
@@ -129,6 +137,7 @@ class Audit:
                 f"{a:g}": {"verdict": self.verdict(a).name, "says": str(self.verdict(a))} for a in self.alphas
             },
             "utility": self.utility,
+            "compared": {f"{a:g}": self.compared(a) for a in self.alphas},
             "outcomes": rows,
             "certificates": [asdict(c) for c in self.certificates],
             "control": weak(self.clean),
@@ -275,7 +284,7 @@ class _Run:
         """The strength of a baseline at which utility has fallen to `wanted`: kept, since utility is noisy."""
         place = self.work / "strengths.json"
         known = json.loads(place.read_text()) if place.exists() else {}
-        what = repr([name, alpha, self.protected.digest, self.found.digest, self.size])
+        what = repr([name, alpha, round(wanted, 4), self.protected.digest, self.found.digest, self.size])
         key = hashlib.sha256(what.encode()).hexdigest()
         if key not in known:
             known[key] = _bisected(utility, wanted, high)
@@ -345,9 +354,10 @@ def _sized(protected: Protected, size: int) -> Protected:
 
 @cache
 def _sources() -> str:
-    """Digest of the attackers' code: an outcome of other code is not reused."""
+    """Digest of the code of attackers and mechanism: an outcome of other code is not reused."""
     place = Path(str(attack.__file__)).parent
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(place.glob("*.py")))).hexdigest()
+    files = [*sorted(place.glob("*.py")), *sorted((place.parent / "core").glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _bisected(utility: Callable[[float], float], wanted: float, high: float) -> float:

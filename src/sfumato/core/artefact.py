@@ -31,12 +31,13 @@ from sfumato.core.restorer import Restorer
 
 __all__ = ["VERSION", "Header", "digest_of", "read", "write"]
 
-VERSION = 1
+VERSION = 2
 TAILS = ("none", "frozen", "adapted")
 # Generous over anything the project makes: an obfuscator is under 1 MiB, a tail as large as its model.
 MAX_BYTES = {"client": 1 << 28, "server": 1 << 34}
 MAX_HEADER = 1 << 24  # of JSON, a list of 200,000 digests of fit data
-MAX_WIDTH = 1 << 16  # channels in, context width; k is below it because it travels as 16 bits
+MAX_WIDTH = 1 << 16  # channels in, context width; channels sent are below it because they travel as 16 bits
+MAX_BLOCK = 16
 MAX_BOUND, MAX_BITS = 1e3, 1e5  # bound B, and C_ref in bits per site
 MAX_AXES = 8  # of a tail's tensor
 _KEY, _SEAL = "sfumato", "seal"
@@ -174,7 +175,7 @@ def _from_json(text: str | None) -> Header:
         raise ArtefactError("a damaged header", wanted="the header as it was written", do=_FIT)
     shape = value["shape"]
     if not isinstance(shape, dict) or set(shape) != {f.name for f in fields(Shape)}:
-        raise ArtefactError("a header without a shape", wanted="channels, k, bound, c_ref, context", do=_FIT)
+        raise ArtefactError("a header without a shape", wanted="channels, k, bound, c_ref, context, block", do=_FIT)
     return Header(**{**value, "shape": Shape(**shape)})
 
 
@@ -194,10 +195,13 @@ def _check_header(header: Header) -> None:
         "channels": _is_width(header.shape.channels, MAX_WIDTH),
         "k": _is_width(header.shape.k, MAX_WIDTH - 1),
         "context": _is_width(header.shape.context, MAX_WIDTH),
+        "block": _is_width(header.shape.block, MAX_BLOCK),
         "bound": _is_amount(header.shape.bound, MAX_BOUND),
         "c_ref": _is_amount(header.shape.c_ref, MAX_BITS),
     }
     wrong = [name for name, right in checks.items() if not right]
+    if not wrong and header.shape.sent >= MAX_WIDTH:
+        wrong = ["k block^2"]
     if wrong:
         raise ArtefactError(f"a header out of bounds in {', '.join(wrong)}", wanted="the header of a fit", do=_FIT)
 
@@ -269,7 +273,7 @@ def _check_values(header: Header, tensors: Mapping[str, Tensor]) -> None:
     allocation.load_state_dict(state)
     alphas = torch.linspace(0, 1, 17)
     with torch.no_grad():
-        if not bool(torch.isfinite(channel.snr(allocation(alphas))).all()):
+        if not bool(torch.isfinite(channel.reach(allocation(alphas))).all()):
             raise ArtefactError("an allocation of 64 bits or more to one channel", wanted="less", do="a smaller c_ref")
 
 

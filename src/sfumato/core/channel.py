@@ -1,22 +1,26 @@
-"""The capacity algebra of the release: k parallel Gaussian channels per site, unit noise, bounded signal.
+"""The capacity algebra of the release: k parallel channels per site, unit noise, bounded signal.
 
-A site sends y = g b + eps with |b| <= B and eps ~ N(0, I), so for every input distribution
+A site sends y = g b + eps with |b| <= B and eps ~ N(0, I). With A = g B, for every distribution of b,
 
-    I(X; Y) <= sum_i 1/2 log2(1 + E[(g_i b_i)^2]) <= sum_i 1/2 log2(1 + g_i^2 B^2) = sum_i c_i        (capacity)
+    I(b; y) <= 1/2 log2(1 + A^2)          of power A^2 at most (Shannon)
+    I(b; y) <= log2(1 + A / q)            of peak A, q = sqrt(pi e / 2) (McKellips)                    (capacity)
 
-with c_i the bits a channel may carry and g_i = sqrt(2^(2 c_i) - 1) / B the gain that spends exactly c_i. The bits are
-poured as water,
+per channel, and their sum over channels. A channel that may carry c bits gets the largest A that one of the two allows,
+
+    A(c) = max(sqrt(2^(2 c) - 1), q (2^c - 1)),    g = A(c) / B                                        (reach)
+
+the first below .69 bits, the second above. The bits are poured as water,
 
     c_i = max(0, w_i + alpha v_i - theta),    sum_i c_i = (1 - alpha) C_ref                            (allocation)
 
 so alpha is the share of the bits withheld, and where bits are few they go to the channels that matter most.
-K releases of one record under fresh noise multiply the signal-to-noise ratio by K at most:
+K releases of one record under fresh noise have a sufficient mean with noise of variance 1 / K, so A grows to sqrt(K) A:
 
-    c_i(K) = 1/2 log2(1 + K g_i^2 B^2)                                                                 (repeats)
+    c_i(K) = min(1/2 log2(1 + K A^2), log2(1 + sqrt(K) A / q))                                         (repeats)
 
 Sources: Cover & Thomas, Elements of Information Theory, 2nd ed., sections 9.1 and 9.4 (parallel Gaussian channels) and
-10.3.3 (reverse water-filling); arXiv 1602.02068, algorithm 1 (theta by sorting).
-Derivation: docs/mechanism.md.
+10.3.3 (reverse water-filling); A. L. McKellips, "Simple tight bounds on capacity for the peak-limited discrete-time
+channel", ISIT 2004; arXiv 1602.02068, algorithm 1 (theta by sorting). Derivation: docs/mechanism.md.
 """
 
 import math
@@ -31,7 +35,9 @@ from sfumato.core.errors import AlphaError
 # which is processing after the noise and so can only lose information.
 NOISE_ROOM = 4.0
 INT8_MAX = 127
-_LN4 = 2 * math.log(2)  # 2^(2 c) = e^(c ln 4)
+PEAK = math.sqrt(math.pi * math.e / 2)  # q of the module's equations
+_LN2, _LN4 = math.log(2), 2 * math.log(2)  # 2^c = e^(c ln 2), 2^(2 c) = e^(c ln 4)
+_KNEE = math.log2((PEAK**2 + 1) / (PEAK**2 - 1))  # bits from which the peak bound is the tighter one
 _FLAT = 1e-12  # below this ratio the gain is linear in it, so that its gradient stays finite at zero bits
 
 Alpha = float | Sequence[float] | Tensor
@@ -65,15 +71,15 @@ def allocate(w: Tensor, v: Tensor, alpha: Tensor, c_ref: float) -> Tensor:
     return torch.relu(levels - waters.gather(1, active - 1))
 
 
-def snr(bits: Tensor) -> Tensor:
-    """g^2 B^2 = 2^(2 c) - 1: the peak signal-to-noise ratio that c bits afford."""
-    return torch.expm1(bits * _LN4)
+def reach(bits: Tensor) -> Tensor:
+    """A = max(sqrt(2^(2 c) - 1), q (2^c - 1)): the peak of g b, in deviations of the noise, that c bits afford."""
+    ratio = torch.expm1(bits * _LN4)
+    return torch.maximum(ratio / ratio.clamp_min(_FLAT).sqrt(), PEAK * torch.expm1(bits * _LN2))
 
 
 def gain(bits: Tensor, bound: float) -> Tensor:
-    """g = sqrt(2^(2 c) - 1) / B, and never more: zero bits get no gain at all."""
-    ratio = snr(bits)
-    return ratio / ratio.clamp_min(_FLAT).sqrt() / bound
+    """g = A(c) / B, and never more: zero bits get no gain at all."""
+    return reach(bits) / bound
 
 
 def step(bits: Tensor, bound: float) -> Tensor:
@@ -82,8 +88,12 @@ def step(bits: Tensor, bound: float) -> Tensor:
 
 
 def repeated(bits: Tensor, releases: int) -> Tensor:
-    """Bits after K releases of one record under fresh noise: 1/2 log2(1 + K (2^(2 c) - 1)).
+    """Bits after K releases of one record under fresh noise; see (repeats).
 
-    Written as c + 1/2 log2(1 + (K - 1)(1 - 2^(-2 c))), the same number, exact at K = 1 and finite for any c.
+    Written as c and what K adds to it, which is exact at K = 1 and finite for any c: from the knee on
+    log2(1 + (sqrt(K) - 1)(1 - 2^-c)), below it the smaller of 1/2 log2(1 + (K - 1)(1 - 2^(-2 c))) and the peak bound.
     """
-    return bits + torch.log1p((releases - 1) * -torch.expm1(-bits * _LN4)) / _LN4
+    peaked = bits + torch.log1p((math.sqrt(releases) - 1) * -torch.expm1(-bits * _LN2)) / _LN2
+    power = bits + torch.log1p((releases - 1) * -torch.expm1(-bits * _LN4)) / _LN4
+    few = torch.log1p(math.sqrt(releases) * reach(bits.clamp(max=_KNEE)) / PEAK) / _LN2
+    return torch.where(bits > _KNEE, peaked, power.minimum(few))

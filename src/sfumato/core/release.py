@@ -1,7 +1,8 @@
 """What crosses the wire: int8 codes, alpha and the artefact's digest. Nothing else leaves the trust zone.
 
-Layout of the bytes, little-endian: magic b"SFUM", version u8, ndim u8 of the cut tensor, k u16, h u32, w u32,
-records u32, digest 32 bytes, alpha f32 [N], codes i8 [N, k, h, w]. The header is 52 + 4 N bytes.
+Layout of the bytes, little-endian: magic b"SFUM", version u8, ndim u8 of the cut tensor, channels u16, block u16,
+h u32, w u32 (sites), records u32, digest 32 bytes, alpha f32 [N], codes i8 [N, channels, ceil(h / block),
+ceil(w / block)]. The header is 54 + 4 N bytes.
 """
 
 import struct
@@ -14,15 +15,16 @@ from torch import Tensor
 from sfumato.core.errors import ReleaseError
 
 MAGIC = b"SFUM"
-VERSION = 1
-_HEAD = struct.Struct("<4sBBHIII32s")
+VERSION = 2
+_HEAD = struct.Struct("<4sBBHHIII32s")
 
 
 @dataclass(frozen=True, eq=False)
 class Release:
-    """int8 codes [N, k, h, w] drawn at alpha [N] by the obfuscator whose artefact has `digest` (64 hex digits).
+    """int8 codes [N, k s^2, H, W] drawn at alpha [N] by the obfuscator whose artefact has `digest` (64 hex digits).
 
-    `tensor` is exactly what leaves; `bits` is the capacity of each record, [N]: no input can have put more into it.
+    They code `sites` (height, width) in blocks of `block` x `block`; (0, 0) stands for whole blocks. `tensor` is
+    exactly what leaves; `bits` is the capacity of each record, [N]: no input can have put more into it.
     """
 
     tensor: Tensor
@@ -30,6 +32,15 @@ class Release:
     digest: str
     bits: Tensor
     ndim: int = 4
+    block: int = 1
+    sites: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        if self.tensor.ndim != 4:
+            raise ReleaseError(f"codes of shape {list(self.tensor.shape)}", wanted="[N, channels, H, W]")
+        if self.sites == (0, 0):
+            high, wide = self.tensor.shape[2:]
+            object.__setattr__(self, "sites", (high * self.block, wide * self.block))
 
     @property
     def nbytes(self) -> int:
@@ -38,8 +49,8 @@ class Release:
 
     def to_bytes(self) -> bytes:
         """The release as it is sent; `bits` is derived and does not travel."""
-        n, k, h, w = self.tensor.shape
-        head = _HEAD.pack(MAGIC, VERSION, self.ndim, k, h, w, n, bytes.fromhex(self.digest))
+        n, k = self.tensor.shape[:2]
+        head = _HEAD.pack(MAGIC, VERSION, self.ndim, k, self.block, *self.sites, n, bytes.fromhex(self.digest))
         alpha = self.alpha.to("cpu", torch.float32).numpy().astype("<f4").tobytes()
         return head + alpha + self.tensor.to("cpu").contiguous().numpy().tobytes()
 
@@ -48,16 +59,20 @@ class Release:
         """Inverse of `to_bytes` (bits are nan: only the artefact knows them). Raises ReleaseError."""
         if len(data) < _HEAD.size:
             raise ReleaseError(f"{len(data)} bytes", wanted=f"a release, at least {_HEAD.size} bytes")
-        magic, version, ndim, k, h, w, n, digest = _HEAD.unpack_from(data)
+        magic, version, ndim, k, block, h, w, n, digest = _HEAD.unpack_from(data)
         if magic != MAGIC or version != VERSION:
             raise ReleaseError("bytes that are not a release of this format", wanted=f"magic SFUM, version {VERSION}")
-        want = _HEAD.size + 4 * n + n * k * h * w
-        if min(n, k, h, w) < 1 or len(data) != want:
-            raise ReleaseError(f"{len(data)} bytes for {[n, k, h, w]}", wanted=f"{want} bytes and no empty axis")
+        if min(n, k, block, h, w) < 1:
+            raise ReleaseError(f"{n} records of {k} channels, {h} x {w} sites", wanted="no empty axis")
+        rows, columns = -(-h // block), -(-w // block)
+        want = _HEAD.size + 4 * n + n * k * rows * columns
+        if len(data) != want:
+            raise ReleaseError(f"{len(data)} bytes for {[n, k, rows, columns]}", wanted=f"{want} bytes")
         if ndim not in (2, 3, 4) or (ndim < 4 and w != 1) or (ndim < 3 and h != 1):
             raise ReleaseError(f"sites {h} x {w} of a cut tensor of {ndim} dimensions", wanted="sites that unfold")
         alpha = torch.from_numpy(np.frombuffer(data, "<f4", n, _HEAD.size).astype(np.float32))
         if not bool(((alpha >= 0) & (alpha < 1)).all()):
             raise ReleaseError("a release whose alpha is outside [0, 1)")
-        codes = np.frombuffer(data, np.int8, n * k * h * w, _HEAD.size + 4 * n).reshape(n, k, h, w).copy()
-        return cls(torch.from_numpy(codes), alpha, digest.hex(), torch.full((n,), torch.nan), ndim)
+        codes = np.frombuffer(data, np.int8, n * k * rows * columns, _HEAD.size + 4 * n).reshape(n, k, rows, columns)
+        unknown = torch.full((n,), torch.nan)
+        return cls(torch.from_numpy(codes.copy()), alpha, digest.hex(), unknown, ndim, block, (h, w))

@@ -46,7 +46,7 @@ class Settings:
     batch: int = 8
     lr: float = 1.5e-3
     tail_lr: float = 2e-4
-    features: float = 2.0
+    features: float = 0.5
     privacy: float = 0.5
     validations: int = 20
     patience: int = 20
@@ -66,8 +66,8 @@ class Student(nn.Module):
         y: Tensor = self.obfuscator(z, alpha, noise)
         return y
 
-    def forward(self, y: Tensor, alpha: Tensor, ndim: int) -> Any:
-        return self.tail(unfold(self.restorer(y, alpha), ndim))
+    def forward(self, y: Tensor, alpha: Tensor, size: tuple[int, int], ndim: int) -> Any:
+        return self.tail(unfold(self.restorer(y, alpha, size), ndim))
 
 
 @dataclass
@@ -152,12 +152,15 @@ class Trainer:
         teacher, teacher_features = self._teach(z)
         y = self.student.release(z, alpha, noise)
         with watched(self.student.tail, self.task.stages()) as seen:
-            outputs = self.task.outputs(self.student(y, alpha, self.cache.ndim))
-        loss = self.task.distance(outputs, teacher) + self.settings.features * feature_error(seen, teacher_features)
+            outputs = self.task.outputs(self.student(y, alpha, (z.shape[2], z.shape[3]), self.cache.ndim))
+        # Features lead the way to the teacher's answers; where the bits do not suffice for both, the answers count.
+        features = self.settings.features * (1 - self.step / self.settings.steps)
+        loss = self.task.distance(outputs, teacher) + features * feature_error(seen, teacher_features)
         if patch is not None and self.settings.privacy and not self.given:
             # Below PRIVATE_FROM too little is withheld for a linear adversary to be held off: the bits are the task's.
             share = ((alpha - PRIVATE_FROM) / (1 - PRIVATE_FROM)).clamp_min(0)
-            loss = loss - self.settings.privacy * share * linear_adversary(y, patch).clamp(max=1.0)
+            shown = self.student.obfuscator.estimate(y, alpha, (z.shape[2], z.shape[3]))
+            loss = loss - self.settings.privacy * share * linear_adversary(shown, patch).clamp(max=1.0)
         # The errors of few bits are many times those of many bits, which would never be learned beside them.
         mean = ((1 - alpha).sqrt() * loss).mean()
         self.optimiser.zero_grad(set_to_none=True)
@@ -178,7 +181,7 @@ class Trainer:
         between = 1 - (1 - HIGHEST) ** torch.rand(batch, generator=generator)
         between[0] = 0.0
         between[-1] = HIGHEST
-        noise = torch.randn(batch, self.student.obfuscator.shape.k, *z.shape[2:], generator=generator)
+        noise = torch.randn(batch, *self.student.obfuscator.shape.codes(z.shape[2:]), generator=generator)
         return z, patch, between.to(self.device), noise.to(self.device, memory_format=torch.channels_last)
 
     def _moved(self, z: Tensor, patch: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
@@ -224,8 +227,10 @@ class Trainer:
         for rows in _batches(self.held_rows, self.settings.batch):
             z, _ = self.cache.batch(rows, self.device)
             a = channel.as_alpha(alpha, len(z), self.device)
-            noise = torch.randn(len(z), model.obfuscator.shape.k, *z.shape[2:], generator=generator).to(self.device)
-            student = self.task.outputs(model(model.release(z, a, noise), a, self.cache.ndim))
+            shape = model.obfuscator.shape.codes(z.shape[2:])
+            noise = torch.randn(len(z), *shape, generator=generator).to(self.device)
+            y, size = model.release(z, a, noise), (z.shape[2], z.shape[3])
+            student = self.task.outputs(model(y, a, size, self.cache.ndim))
             pairs.append((student, self._teach(z)[0]))
         student, teacher = (
             tuple(torch.cat(parts) for parts in zip(*side, strict=True)) for side in zip(*pairs, strict=True)
@@ -262,6 +267,7 @@ class Trainer:
         state = {
             "settings": asdict(self.settings),
             "data": self.cache.digest,
+            "shape": self.student.obfuscator.shape.as_dict(),
             "step": self.step,
             "student": self.student.state_dict(),
             "average": self.average.state_dict(),
@@ -279,7 +285,9 @@ class Trainer:
         if not path.exists():
             return
         saved = torch.load(path, map_location=self.device, weights_only=True)
-        if saved["settings"] != asdict(self.settings) or saved["data"] != self.cache.digest:
+        now = {"settings": asdict(self.settings), "data": self.cache.digest}
+        now["shape"] = self.student.obfuscator.shape.as_dict()
+        if any(saved.get(name) != value for name, value in now.items()):
             raise RequestError(
                 f"{path} belongs to a fit with other settings or other data",
                 wanted="the same command as before",

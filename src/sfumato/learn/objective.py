@@ -1,11 +1,11 @@
 """What a fit minimises, label-free: stay close to the clean model, and tell a linear attacker little.
 
-    L = sqrt(1 - alpha) [distance(student, teacher) + lambda_f mean_s |f_s - f_s^T|^2 / |f_s^T|^2
+    L = sqrt(1 - alpha) [distance(student, teacher) + lambda_f (1 - t) mean_s |f_s - f_s^T|^2 / |f_s^T|^2
                          - lambda_p max(0, 2 alpha - 1) min(e, 1)]
 
-distance is the task's; f_s are the tail's features at the task's stages; e is the relative error of the closed-form
-linear adversary, the ridge regression from a site's release y to the colours of the patch it covers (1: no better than
-the mean).
+distance is the task's; f_s are the tail's features at the task's stages, t is the share of the fit that is done; e is
+the relative error of the closed-form linear adversary, the ridge regression from what a release shows of a site to the
+colours of the patch it covers (1: no better than the mean).
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,15 +43,15 @@ def feature_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tenso
     return torch.stack(errors).mean(0) if errors else torch.zeros(())
 
 
-def linear_adversary(y: Tensor, patches: Tensor) -> Tensor:
-    """Relative error of the best ridge regression from y [N, k, h, w] to patches [N, p, h, w], per record, [N]."""
-    release = y.flatten(2).transpose(1, 2)
+def linear_adversary(shown: Tensor, patches: Tensor) -> Tensor:
+    """Relative error of the best ridge regression from shown [N, k, h, w] to patches [N, p, h, w], per record, [N]."""
+    release = shown.flatten(2).transpose(1, 2)
     target = patches.flatten(2).transpose(1, 2)
     release = release - release.mean(1, keepdim=True)
     target = target - target.mean(1, keepdim=True)
     gram = release.transpose(1, 2) @ release
     power = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    eye = torch.eye(gram.shape[1], device=y.device)
+    eye = torch.eye(gram.shape[1], device=shown.device)
     weights = torch.linalg.solve(gram + _RIDGE * power * eye, release.transpose(1, 2) @ target)
     left = (target - release @ weights).square().sum((1, 2))
     error: Tensor = left / target.square().sum((1, 2)).clamp_min(1e-6)

@@ -2,8 +2,10 @@
 
 With Sigma the covariance of n = (z - mean)/std at a site and M its importance to the task, the channels are the
 eigenvectors of M^1/2 Sigma M^1/2 (Karhunen-Loeve in the task's metric) and their bits are reverse water-filling,
-c_i = max(0, 1/2 log2 lambda_i - theta). M is estimated from gradients: for d = |f(z + delta) - f(z)|^2 and small
-delta ~ N(0, s^2 I) the gradient is H delta, so M = H = cov(gradient)^1/2 up to scale.
+c_i = max(0, 1/2 log2 lambda_i - theta); a cosine transform then spreads each channel's variance over the coefficients
+of a block, lambda_if = lambda_i times the coefficient's share. M is estimated from gradients: for
+d = |f(z + delta) - f(z)|^2 and small delta ~ N(0, s^2 I) the gradient is H delta, so M = H = cov(gradient)^1/2 up to
+scale.
 
 Sources: Cover & Thomas, 2nd ed., section 10.3.3 (reverse water-filling); Huang & Schultheiss 1963 (transform coding).
 """
@@ -13,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from sfumato.core.blocks import spectrum
 from sfumato.core.obfuscator import Obfuscator
 from sfumato.core.restorer import Restorer
 
@@ -42,7 +45,8 @@ def initialise(obfuscator: Obfuscator, restorer: Restorer, z: Tensor, gradients:
     values = values[order].clamp_min(1e-9)
     encode = SPREAD * (vectors[:, order] / values.sqrt()).T @ root
     decode = sigma @ encode.T @ torch.linalg.pinv(encode @ sigma @ encode.T)
-    levels = 0.5 * torch.log2(values)
+    shares = _shares(encode, (z - mean[:, None, None].float()) / std[:, None, None].float(), shape.block)
+    levels = 0.5 * torch.log2(values[:, None] * shares).flatten()
     levels = levels - levels.mean()
     with torch.no_grad():
         for module in (obfuscator, restorer):
@@ -52,15 +56,24 @@ def initialise(obfuscator: Obfuscator, restorer: Restorer, z: Tensor, gradients:
             module.allocation.v.zero_()
         obfuscator.linear.weight.zero_()[: len(encode), :, 0, 0].copy_(encode)
         obfuscator.linear.bias.zero_()  # type: ignore[union-attr]
+        obfuscator.spread.zero_()[: len(levels)].copy_(-0.5 * torch.log(shares.flatten()))
         obfuscator.growth.zero_()
         _quiet(obfuscator.context.leave)
         restorer.log_variance.fill_(2 * math.log(SPREAD))
         restorer.variance_growth.zero_()
+        restorer.spread.copy_(-obfuscator.spread)
         restorer.growth.zero_()
         restorer.lift.weight.zero_()[:, : decode.shape[1], 0, 0].copy_(decode)
         restorer.lift.bias.zero_()  # type: ignore[union-attr]
         _quiet(restorer.near.mix)
         _quiet(restorer.far.mix)
+
+
+def _shares(encode: Tensor, n: Tensor, block: int) -> Tensor:
+    """Mean square of every coefficient of V n, for V n of variance 1: [k, s^2], no less than a thousandth."""
+    signals = torch.einsum("kc,nchw->nkhw", encode.to(n.dtype) / SPREAD, n)
+    power = spectrum(signals, block).square().mean((0, 2, 3)).view(len(encode), -1)
+    return power.clamp_min(1e-3).double()
 
 
 def _quiet(layer: torch.nn.Module) -> None:

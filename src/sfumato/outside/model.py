@@ -28,10 +28,15 @@ class Outside(nn.Module):
                 wanted=f"one of obfuscator {self.digest[:12]}, the client of this server artefact",
                 do="use the client.safetensors and server.safetensors of one fit",
             )
-        want = (self.restorer.shape.k, len(release.alpha), torch.int8)
-        if (release.tensor.shape[1], len(release.tensor), release.tensor.dtype) != want:
-            raise ReleaseError(f"codes of shape {list(release.tensor.shape)}", wanted=f"[N, {want[0]}, h, w] int8")
+        shape = self.restorer.shape
+        want = (*shape.codes(release.sites), shape.block, len(release.alpha), torch.int8)
+        codes = release.tensor
+        if (*codes.shape[1:], release.block, len(codes), codes.dtype) != want:
+            raise ReleaseError(
+                f"codes {codes.dtype} of shape {list(codes.shape)} for {list(release.sites)} sites",
+                wanted=f"int8 of shape {[want[-2], *want[:3]]}",
+            )
         device = self.restorer.mean.device
-        codes = release.tensor.to(device, memory_format=torch.channels_last)
-        restored = self.restorer.restore(codes, release.alpha.to(device))
+        codes = codes.to(device, memory_format=torch.channels_last)
+        restored = self.restorer.restore(codes, release.alpha.to(device), release.sites)
         return self.tail(unfold(restored, release.ndim))

@@ -77,11 +77,12 @@ class Protected:
         sites = fold(z)
         a = channel.as_alpha(alpha, len(sites), sites.device)
         # Channels last, as the sites lie in memory: three times as fast to add.
-        shape = (*sites.shape[2:], self.obfuscator.shape.k)
-        noise = self.noise.normals(len(sites), shape).to(sites.device).permute(0, 3, 1, 2)
+        size = (sites.shape[2], sites.shape[3])
+        channels, high, wide = self.obfuscator.shape.codes(size)
+        noise = self.noise.normals(len(sites), (high, wide, channels)).to(sites.device).permute(0, 3, 1, 2)
         codes = self.obfuscator.codes(sites, a, noise).contiguous()
-        bits = self.obfuscator.bits_per_record(a, sites.shape[2] * sites.shape[3])
-        return Release(codes, a, self.digest, bits, z.ndim)
+        bits = self.obfuscator.bits_per_record(a, self.obfuscator.shape.coded(size))
+        return Release(codes, a, self.digest, bits, z.ndim, self.obfuscator.shape.block, size)
 
     def postprocess(self, raw: Any, size: tuple[int, int] | None = None) -> Any:
         """What the outside returned -> the task's result: one for a single record, a list for a batch.

@@ -116,6 +116,11 @@ def with_weights(state: Mapping[str, Tensor]) -> FaceBoxes:
         for key, value in want.items()
         if key in state and state[key].shape != value.shape
     ]
+    problems += [
+        f"{key} holds values that are not finite"
+        for key in want
+        if key in state and state[key].is_floating_point() and not bool(torch.isfinite(state[key]).all())
+    ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise WeightsError(
