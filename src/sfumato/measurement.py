@@ -31,7 +31,7 @@ from sfumato.tasks.detection.boxes import Detections
 from sfumato.tasks.detection.precision import Precision, cross_fit, fold_precision
 from sfumato.trusted.protect import Noise, Protected
 
-BATCH = 4  # photographs
+BATCH = 2  # photographs
 ALPHAS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 # TR-4928, table of section "Comparison of inference accuracy"; None is the run without obfuscation.
 TR_4928: dict[float | None, float] = {
