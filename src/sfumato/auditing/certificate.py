@@ -1,7 +1,7 @@
 """What no attacker can exceed, and two local estimates: capacity, Gaussian rate, Fisher information.
 
-    bits(n, K) = n sum_i c_i(K)                                                   n sites, K releases          (7)
-    R = sum_f m 1/2 log2 det(1 + K G_f S_f G_f), at most bits(n, K)               m blocks, S_f the            (8)
+    bits(n, K) = m sum_i c_i(K)                                       n sites in m blocks, K releases          (7)
+    R = sum_f m 1/2 log2 det(1 + K G_f S_f G_f), at most bits(n, K)                           S_f the          (8)
         covariance of b in coefficient f of a block
     I(x) = J^T J,  J the Jacobian of x -> g b(head(x)),  tr I = E |J^T v|^2       v Rademacher            (9), (10)
     MSE >= d / tr I = 1 / eta^2                                                   d numbers a record, dFIL eta (11)
