@@ -91,6 +91,7 @@ def test_an_audit_is_complete_resumes_and_can_be_read(
         [o.figures for o in audit.outcomes if o.attacker != "noise reuse"] for audit in (again, result)
     )  # the noise is looked at every time
     assert kept == fresh
+    assert again.utility == result.utility  # noisy: measured again, every baseline would be attacked anew
 
     again.to_html(tmp_path / "audit.html")
     page = (tmp_path / "audit.html").read_text()

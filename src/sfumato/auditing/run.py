@@ -10,14 +10,14 @@ import json
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sfumato import __version__, attack
@@ -46,6 +46,7 @@ from sfumato.attack.reuse import Reuse
 from sfumato.auditing import prey as records
 from sfumato.auditing.certificate import Certificate, certify
 from sfumato.auditing.verdict import Verdict, verdict, weak, worst
+from sfumato.core.digest import digest_of
 from sfumato.core.errors import RequestError
 from sfumato.core.files import write_bytes
 from sfumato.core.sites import unfold
@@ -190,6 +191,8 @@ class _Run:
         known = Recogniser(recogniser) if recogniser else None
         ours = (Reuse(), Battery(), Reconstruction(known), Linkage(known), Averaging(budget.repeats), Probes())
         self.attackers = with_registered([*ours, Inversion(protected, size)])
+        server = protected.outside
+        self.server = digest_of(server.state_dict()) if isinstance(server, nn.Module) else repr(server)
         self.known = None if recogniser is None else hashlib.sha256(recogniser.read_bytes()).hexdigest()
 
     def all(self, alphas: tuple[float, ...], limits: dict[str, float]) -> Audit:
@@ -202,7 +205,8 @@ class _Run:
         for alpha in alphas:
             tap = Releases(self.protected, alpha)
             taps.append((tap, self.prey, able))
-            result.utility[f"{tap.name} {alpha:g}"] = reached = self.utility(tap)
+            reached = self.kept([tap.name, alpha], partial(self.utility, tap))
+            result.utility[f"{tap.name} {alpha:g}"] = reached
             taps += [(t, p, [a for a in able if _learned(a)]) for t, p in self.baselines(alpha, reached, result)]
         todo = [(t, p, a) for t, p, attackers in taps for a in attackers]
         bar = tqdm(todo, "attacks", disable=self.quiet)
@@ -239,6 +243,21 @@ class _Run:
         _write(place, outcome)
         return outcome
 
+    def kept(self, what: list[Any], measure: Callable[[], float]) -> float:
+        """The figure kept in `work`, or `measure()` now.
+
+        Noise makes every measurement another, and what was attacked at equal utility holds for the first one alone.
+        """
+        place = self.work / "figures.json"
+        known = json.loads(place.read_text()) if place.exists() else {}
+        noise = type(self.protected.noise).__qualname__
+        which = [*what, noise, self.server, self.protected.digest, self.found.digest, self.size, self.seed]
+        key = hashlib.sha256(json.dumps(which).encode()).hexdigest()
+        if key not in known:
+            known[key] = measure()
+            write_bytes(place, json.dumps(known).encode())
+        return float(known[key])
+
     def pictures(self, rows: np.ndarray) -> list[Image]:
         return [records.resized(self.found.read(int(i)), self.size) for i in rows]
 
@@ -272,7 +291,7 @@ class _Run:
 
         sigma = self._strength("plain noise", noisy, reached, alpha, 4.0, result)
         noise = PlainNoise(sigma, std, alpha)
-        result.utility[f"{noise.name} {alpha:g}"] = noisy(sigma)
+        result.utility[f"{noise.name} {alpha:g}"] = self.kept([noise.name, alpha, sigma], lambda: noisy(sigma))
         made: list[tuple[Tap, Prey]] = [(noise, self.prey)]
         for name, transform, high in (("blurred input", blurred, 40.0), ("pixelated input", pixelated, 60.0)):
             made.append(self._transformed(name, transform, reached, high, alpha, result))
@@ -281,15 +300,8 @@ class _Run:
     def _strength(
         self, name: str, utility: Callable[[float], float], wanted: float, alpha: float, high: float, result: Audit
     ) -> float:
-        """The strength of a baseline at which utility has fallen to `wanted`: kept, since utility is noisy."""
-        place = self.work / "strengths.json"
-        known = json.loads(place.read_text()) if place.exists() else {}
-        what = repr([name, alpha, round(wanted, 4), self.protected.digest, self.found.digest, self.size])
-        key = hashlib.sha256(what.encode()).hexdigest()
-        if key not in known:
-            known[key] = _bisected(utility, wanted, high)
-            write_bytes(place, json.dumps(known).encode())
-        strength = float(known[key])
+        """The strength of a baseline at which utility has fallen to `wanted`."""
+        strength = self.kept([name, alpha, "strength"], lambda: _bisected(utility, wanted, high))
         capped = " (the strongest tried: utility is still higher)" if strength > 0.98 * high else ""
         result.conditions[f"{name} {alpha:g}"] = f"strength {strength:.3f}{capped}"
         return strength
@@ -310,7 +322,7 @@ class _Run:
             return self._agreement(lambda x: reference(unfold(x, self.prey.ndim)), z)
 
         strength = self._strength(name, agreement, reached, alpha, high, result)
-        result.utility[f"{name} {alpha:g}"] = agreement(strength)
+        result.utility[f"{name} {alpha:g}"] = self.kept([name, alpha, strength], lambda: agreement(strength))
         called = f"{name} {alpha:g}".replace(" ", "-")
         prey = records.build(
             self.protected, self.found, self.work, size=self.size, seed=self.seed, called=f"{called}-{strength:.3f}",
