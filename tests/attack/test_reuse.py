@@ -139,8 +139,17 @@ class PicklesItsState(Stateful):
         raise TypeError
 
 
-class SilentWithoutBits:
-    """The channel without bits carries no noise either."""
+class Stray(Protected):
+    """The channel without bits carries a picture nobody counts."""
+
+    def obfuscate(self, z: Tensor, alpha: object = 0.8) -> Release:
+        honest = super().obfuscate(z, alpha)  # type: ignore[arg-type]
+        honest.tensor[:, -1] = z[:, 0].mul(20).clamp(-127, 127).to(torch.int8)
+        return honest
+
+
+class SilentChannel:
+    """One channel that is sent carries no noise."""
 
     def normals(self, records: int, shape: tuple[int, ...]) -> Tensor:
         eps = Fresh().normals(records, shape)
@@ -202,7 +211,8 @@ def test_honest_noise_is_not_caught(alpha: float) -> None:
     ("noise", "sentence"),
     [
         (Off(), "Noise is off or too weak: in a record it has 0"),
-        (Weak(0.5), r"Noise is off or too weak: in a (record|channel) it has 0\.[1-4]"),
+        # Where steps are wide, codes under weak noise come again; whichever is certain first is said.
+        (Weak(0.5), r"Noise is off or too weak: in a (record|channel) it has 0\.[1-4]|The noise of one call"),
         (Weak(2.0), "Noise is too strong"),
         (OnePerBatch(), "The records of a batch share one noise sample"),
         (OnePerPair(), "Noise is shared between some records"),
@@ -237,11 +247,16 @@ def test_a_leak_in_the_sender_is_caught_by_its_name(kind: type[Protected], sente
     assert found.caught is not None and found.caught.startswith(sentence), found.caught
 
 
-def test_a_channel_without_bits_must_carry_noise_too() -> None:
-    made = protected(SilentWithoutBits())
+def test_a_channel_without_noise_is_found() -> None:
+    caught = outcome(protected(SilentChannel())).caught
+    assert caught is not None and caught.startswith("Noise is off or too weak: in a channel"), caught
+
+
+def test_a_channel_without_bits_must_be_empty() -> None:
+    made = protected(kind=Stray)
     assert float(made.obfuscator.allocation(torch.tensor([0.8]))[0, -1]) == 0
     caught = outcome(made).caught
-    assert caught is not None and caught.startswith("Noise is off or too weak: in a channel"), caught
+    assert caught is not None and caught.startswith("Channels without bits are not empty: "), caught
 
 
 def test_where_the_step_is_wide_and_codes_saturate_the_noise_read_is_still_normal() -> None:

@@ -59,7 +59,8 @@ def test_what_is_no_number_leaves_no_mark(bad: float) -> None:
     b, y = made.signal(z, a), made(z, a, noise)
     assert bool((b.abs() <= SHAPE.bound).all()) and bool(torch.isfinite(y).all())
     other = made.codes(z, torch.tensor([0.5]), noise + 1)
-    assert bool((other != made.codes(z, torch.tensor([0.5]), noise)).all())  # noise touches every code
+    carrying = made.allocation.carrying(a)
+    assert bool((other != made.codes(z, a, noise))[:, carrying].all())  # noise touches every code
 
 
 @steady
@@ -70,8 +71,11 @@ def test_codes_are_the_rounded_signal(size: tuple[int, int], alpha: float, seed:
     step = made.allocation.steps(a)
     codes = made.codes(z, a, noise)
     assert codes.dtype == torch.int8 and codes.shape == noise.shape
-    gap = (codes * step - made(z, a, noise)).abs() / step
+    carrying = made.allocation.carrying(a)
+    gap = ((codes * step - made(z, a, noise)).abs() / step)[:, carrying]
     assert gap.max().item() <= 0.5 + 1e-4
+    silent = sorted(set(range(shape.sent)) - set(carrying.tolist()))
+    assert not bool(codes[:, silent].any()) and not bool(made.allocation(a)[:, silent].any())
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -80,10 +84,12 @@ def test_codes_saturate_past_four_sigma_only(sign: float, alpha: float) -> None:
     made, a = driven(sign), torch.tensor([alpha])
     z, step = torch.zeros(1, 6, 3, 3), made.allocation.steps(a)
     within = torch.full((1, 5, 3, 3), sign * 3.99)
-    gap = (made.codes(z, a, within) * step - made(z, a, within)).abs() / step
+    carrying = made.allocation.carrying(a)
+    gap = ((made.codes(z, a, within) * step - made(z, a, within)).abs() / step)[:, carrying]
     assert gap.max().item() <= 0.5 + 1e-4
     for beyond in (6.0, 1e6):
-        assert bool((made.codes(z, a, sign * beyond * torch.ones(1, 5, 3, 3)) == sign * 127).all())
+        codes = made.codes(z, a, sign * beyond * torch.ones(1, 5, 3, 3))
+        assert bool((codes[:, carrying] == sign * 127).all())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8, 0.95])
@@ -92,16 +98,17 @@ def test_measured_capacity_is_the_declared_one(alpha: float) -> None:
     a, side = torch.tensor([alpha]), 128
     z, noise = torch.zeros(1, 6, side, side), random(1, 5, side, side, seed=3)
     high, low = driven(1.0), driven(-1.0)
-    step = high.allocation.steps(a)
+    step, carrying = high.allocation.steps(a), high.allocation.carrying(a)
     for up, down, slack in (
         (high(z, a, noise), low(z, a, noise.flip(-1)), 0.0),
         (high.codes(z, a, noise) * step, low.codes(z, a, noise.flip(-1)) * step, 0.03),
     ):
-        amplitude = (up.double().mean((0, 2, 3)) - down.double().mean((0, 2, 3))) / 2
-        variance = (up.double().var((0, 2, 3)) + down.double().var((0, 2, 3))) / 2
+        up, down = up[:, carrying].double(), down[:, carrying].double()
+        amplitude = (up.mean((0, 2, 3)) - down.mean((0, 2, 3))) / 2
+        variance = (up.var((0, 2, 3)) + down.var((0, 2, 3))) / 2
         reach = amplitude / variance.sqrt()
         bits = torch.minimum(0.5 * torch.log2(1 + reach**2), torch.log2(1 + reach / channel.PEAK))
-        want = high.allocation(a)[0].double()
+        want = high.allocation(a)[0, carrying].double()
         assert bool(((bits - want).abs() <= 0.03 + slack).all())
         assert bits.sum().item() == pytest.approx(high.bits_per_site(alpha).item(), abs=0.1 + 5 * slack)
 

@@ -23,8 +23,9 @@ def release(n: int = 2, k: int = 3, h: int = 4, w: int = 5, ndim: int = 4, seed:
 
 
 def forged(n: int, k: int, h: int, w: int, *, body: int, ndim: int = 4, alpha: float = 0.5, block: int = 1) -> bytes:
-    head = struct.pack("<4sBBHHIII32s", b"SFUM", 2, ndim, k, block, h, w, n, bytes(32))
-    return head + struct.pack("<f", alpha) * min(n, 99) + bytes(body)
+    head = struct.pack("<4sBBHHIII32s", b"SFUM", 3, ndim, k, block, h, w, n, bytes(32))
+    mask = ((1 << k) - 1).to_bytes(-(-k // 8), "little")
+    return head + struct.pack("<f", alpha) * min(n, 99) + mask + b"\x01" * body
 
 
 def same(a: Release, b: Release) -> bool:
@@ -44,8 +45,34 @@ def test_round_trip(axes: tuple[int, int, int, int], seed: int) -> None:
 
 def test_the_layout_is_the_documented_one() -> None:
     data = release(1, 2, 1, 3, seed=7).to_bytes()
-    assert data[:6] == b"SFUM\x02\x04" and struct.unpack_from("<HHIII", data, 6) == (2, 1, 1, 3, 1)
-    assert data[22:54] == bytes([7]) * 32 and len(data) == 54 + 4 + 6
+    assert data[:6] == b"SFUM\x03\x04" and struct.unpack_from("<HHIII", data, 6) == (2, 1, 1, 3, 1)
+    assert data[22:54] == bytes([7]) * 32 and data[58] == 0b11 and len(data) == 54 + 4 + 1 + 6
+
+
+def test_empty_channels_do_not_travel() -> None:
+    plain = release(2, 11, 2, 3)
+    plain.tensor[:, [0, 4, 9]] = 0
+    data = plain.to_bytes()
+    assert same(plain, Release.from_bytes(data)) and len(data) == plain.nbytes == 54 + 2 * 4 + 2 + 2 * 8 * 6
+    assert data[62:64] == bytes([0b11101110, 0b101])
+    silent = Release(torch.zeros_like(plain.tensor), plain.alpha, plain.digest, plain.bits)
+    assert same(silent, Release.from_bytes(silent.to_bytes())) and silent.nbytes == 54 + 8 + 2
+
+
+@pytest.mark.parametrize("mask", [0b0111, 0b1100_0111])
+def test_a_mask_that_is_not_of_these_codes_is_refused(mask: int) -> None:
+    data = bytearray(release(1, 6, 2, 2).to_bytes())
+    data[58] = mask
+    with pytest.raises(ReleaseError):
+        Release.from_bytes(bytes(data))
+
+
+def test_a_channel_said_to_travel_that_is_empty_is_refused() -> None:
+    data = bytearray(release(1, 2, 1, 1).to_bytes())
+    assert data[58] == 0b11 and Release.from_bytes(bytes(data))
+    data[60] = 0
+    with pytest.raises(ReleaseError):
+        Release.from_bytes(bytes(data))
 
 
 def test_blocks_and_the_sites_they_cover_travel() -> None:
@@ -74,12 +101,12 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 
 
 @steady
-@given(flips=st.lists(st.tuples(st.integers(0, 183), st.integers(1, 255)), min_size=1, max_size=4))
+@given(flips=st.lists(st.tuples(st.integers(0, 182), st.integers(1, 255)), min_size=1, max_size=4))
 def test_mutated_bytes_are_refused_or_another_release(flips: list[tuple[int, int]]) -> None:
     data = bytearray(release().to_bytes())
-    assert len(data) == 182
+    assert len(data) == 183
     for place, flip in flips:
-        data[place % 182] ^= flip
+        data[place % 183] ^= flip
     try:
         got = Release.from_bytes(bytes(data))
     except ReleaseError:
@@ -89,7 +116,7 @@ def test_mutated_bytes_are_refused_or_another_release(flips: list[tuple[int, int
 
 
 @steady
-@given(cut=st.integers(0, 181), extra=st.binary(min_size=1, max_size=9))
+@given(cut=st.integers(0, 182), extra=st.binary(min_size=1, max_size=9))
 def test_truncated_and_padded_are_refused(cut: int, extra: bytes) -> None:
     data = release().to_bytes()
     for wrong in (data[:cut], data + extra):
@@ -106,6 +133,7 @@ def test_truncated_and_padded_are_refused(cut: int, extra: bytes) -> None:
         forged(1, 0, 4, 4, body=0),
         forged(1, 1, 0, 4, body=0),
         forged(1, 1, 1, 2**31, body=2),
+        forged(1, 65535, 4, 2**30, body=0),
         forged(1, 1, 4, 4, body=16, block=2),
         forged(1, 1, 4, 4, body=16, block=0),
         forged(1, 1, 1, 1, body=1, ndim=5),
@@ -115,7 +143,7 @@ def test_truncated_and_padded_are_refused(cut: int, extra: bytes) -> None:
         forged(1, 1, 1, 1, body=1, alpha=1.0),
         forged(1, 1, 1, 1, body=1, alpha=-0.5),
         forged(1, 1, 1, 1, body=1, alpha=float("nan")),
-        forged(1, 1, 1, 1, body=1).replace(b"SFUM\x02", b"SFUM\x01"),
+        forged(1, 1, 1, 1, body=1).replace(b"SFUM\x03", b"SFUM\x01"),
     ],
 )
 def test_forged_headers_are_refused(data: bytes) -> None:

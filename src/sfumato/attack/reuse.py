@@ -6,11 +6,11 @@ saturation need no correction, and every bound below is exact or errs towards si
 release's tensor [N, k, h, w]: where blocks of sites are coded as one, a site here is a block and a channel one of its
 coefficients.
 
-Tried, and what honest noise gives: two releases of a record by two calls, and by one batch, Var(y1 - y2) / 2 = 1 and
-no more identical codes than chance; Var r = 1 in every record and channel, channels without bits included; slope of y
-on g b = 1; no correlation between records, neighbouring sites or channels; copies of the sender and reset seeds repeat
-nothing; alpha and bits are declared as asked. `caught` names the first that fails. Honest noise fails any with a
-probability below ALARM, by these bounds, each with its share of ALARM (t nats):
+Tried, and what honest noise gives: two releases of a record by two calls, and by one batch, Var(y1 - y2) / 2 = 1 and no
+more identical codes than chance; Var r = 1 in every record and channel; slope of y on g b = 1; nothing at all in
+channels without bits; no correlation between records, neighbouring sites or channels; copies of the sender and reset
+seeds repeat nothing; alpha and bits are declared as asked. `caught` names the first that fails. Honest noise fails any
+with a probability below ALARM, by these bounds, each with its share of ALARM (t nats):
 
     |cos(r, r')| <= sqrt(2 t / n)                                  Ball, Modern Convex Geometry (1997), lemma 2.2
     1 - 2 sqrt(t / n) <= |r|^2 / n <= 1 + 2 sqrt(t / n) + 2 t / n  Laurent and Massart, Ann. Statist. 28 (2000), lemma 1
@@ -52,7 +52,10 @@ _LEAST = 1e-300  # of a double's logarithm; a residual of 37 deviations is far e
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Releases as the white box reads them, [N, k, h, w] each: codes, g b, r, and p, the chance of this very code."""
+    """Releases as the white box reads them, [N, k, h, w] each: codes, g b, r, and p, the chance of this very code.
+
+    Of the channels that carry bits; `stray` counts the codes [N] that are not 0 in the others.
+    """
 
     codes: Tensor
     signal: Tensor
@@ -60,6 +63,7 @@ class Reading:
     chance: Tensor
     alpha: Tensor
     bits: Tensor
+    stray: Tensor
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,12 @@ def read(protected: Protected, z: Tensor, alpha: float, draw: np.random.Generato
     """One call of the sender, and what the white box makes of its release."""
     release = protected.obfuscate(z.to(protected.obfuscator.mean.device), alpha)
     codes, (signal, step) = release.tensor.cpu(), expected(protected, z, alpha)
-    noise, chance = noise_of(codes, signal, step, draw)
-    return Reading(codes, signal, noise, chance, release.alpha.cpu(), release.bits.cpu())
+    sent = carrying(protected, alpha)
+    silent = torch.ones(codes.shape[1], dtype=torch.bool).index_fill_(0, sent, value=False)
+    stray = codes[:, silent].ne(0).flatten(1).sum(1)
+    codes, signal = codes[:, sent], signal[:, sent]
+    noise, chance = noise_of(codes, signal, step[:, sent], draw)
+    return Reading(codes, signal, noise, chance, release.alpha.cpu(), release.bits.cpu(), stray)
 
 
 @torch.inference_mode()
@@ -134,6 +142,12 @@ def expected(protected: Protected, z: Tensor, alpha: float) -> tuple[Tensor, Ten
     sites, a = fold(z.to(obfuscator.mean.device)), channel.as_alpha(alpha, len(z), obfuscator.mean.device)
     silence = torch.zeros(len(z), *obfuscator.shape.codes(sites.shape[2:]), device=sites.device)
     return obfuscator(sites, a, silence).cpu().double(), obfuscator.allocation.steps(a).cpu().double()
+
+
+def carrying(protected: Protected, alpha: float) -> Tensor:
+    """Numbers of the channels that have bits at alpha."""
+    obfuscator = protected.obfuscator
+    return obfuscator.allocation.carrying(channel.as_alpha(alpha, 1, obfuscator.mean.device)).cpu()
 
 
 def joined(readings: list[Reading]) -> Reading:
@@ -215,13 +229,14 @@ class _Suspect:
         found["correlation of channels"] = cosine(*_beside(r)), 0.0
         found["correlation of copies"] = _largest(self.copied), cosine_bound(self.batch[0].noise.numel(), 6)
         found["correlation of reset seeds"] = _largest(self.seeded), cosine_bound(self.batch[0].noise.numel())
+        found["codes in channels without bits"] = float(self.first.stray.sum()), 0.0
         found["declared alpha"] = float(self.first.alpha.mean()), self.alpha
         found["declared bits"] = float(self.first.bits.mean()), self._bits
         return {k: v for k, (v, _) in found.items()}, {k: v for k, (_, v) in found.items()}
 
     def verdict(self, figures: dict[str, float]) -> str | None:
         """The first leak in an order in which none is taken for another: each test holds whatever a later one finds."""
-        for look in (self._declared, self._sizes, self._repeated, self._clustered, self._state):
+        for look in (self._declared, self._sizes, self._stray, self._repeated, self._clustered, self._state):
             if sentence := look(figures):
                 return sentence
         return self._channels() or self._identical()
@@ -260,15 +275,22 @@ class _Suspect:
         times = f"The gain is wrong: the signal arrives {figures['signal gain']:.3g} times as large as it should."
         return self._of_another_alpha() or (times if gain else variance)
 
+    def _stray(self, figures: dict[str, float]) -> str | None:
+        codes = figures["codes in channels without bits"]
+        return f"Channels without bits are not empty: {codes:.0f} codes of them are sent." if codes else None
+
     def _of_another_alpha(self) -> str | None:
         """That sizes are off is certain by now: are they right for another alpha?"""
         rows = list(batches(np.arange(len(self.z)), _BATCH))
+        sent = carrying(self.protected, self.alpha)
         for alpha in _OTHERS:
             signal, step = (
-                torch.cat(parts)
+                torch.cat(parts)[:, sent]
                 for parts in zip(*(expected(self.protected, self.z[part], alpha) for part in rows), strict=True)
             )
-            r, _ = noise_of(self.first.codes, signal, step, self.draw)
+            both = torch.isin(sent, carrying(self.protected, alpha))
+            r, _ = noise_of(self.first.codes[:, both], signal[:, both], step[:, both], self.draw)
+            signal = signal[:, both]
             if not _gain_is_off(r, signal) and _of_records(r) is None:
                 return f"Alpha is ignored: the releases are drawn as at alpha {alpha:g}, not {self.alpha:g}."
         return None

@@ -15,15 +15,19 @@ from torch import Tensor
 
 
 def spectrum(sites: Tensor, side: int) -> Tensor:
-    """[N, k, h, w] -> [N, k s^2, ceil(h / s), ceil(w / s)], coefficients of a channel together; edges are repeated."""
+    """[N, k, h, w] -> [N, k s^2, ceil(h / s), ceil(w / s)], coefficients of a channel together; edges are repeated.
+
+    Memory is channels last on both sides, here and in `sites_of`: so the layers before and after leave and want it.
+    """
     if side == 1:
         return sites
     high, wide = sites.shape[2:]
     if high % side or wide % side:
         sites = F.pad(sites, (0, -wide % side, 0, -high % side), mode="replicate")
-    blocks = F.pixel_unshuffle(sites, side).unflatten(1, (-1, side * side)).flatten(3)
-    coefficients: Tensor = (_basis(side, blocks.device).to(blocks.dtype) @ blocks).flatten(1, 2)
-    placed: Tensor = coefficients.unflatten(2, (-(-high // side), -1))
+    apart = sites.permute(0, 2, 3, 1).unflatten(2, (-1, side)).unflatten(1, (-1, side))  # [N, H, s, W, s, k]
+    blocks = apart.permute(0, 1, 3, 5, 2, 4).flatten(4)
+    coefficients = blocks @ _basis(side, blocks.device).T.to(blocks.dtype)
+    placed: Tensor = coefficients.flatten(3).permute(0, 3, 1, 2)
     return placed
 
 
@@ -31,9 +35,9 @@ def sites_of(spectrum: Tensor, side: int, size: tuple[int, int] | None = None) -
     """Inverse of `spectrum`, cut to `size` (height, width): [N, k s^2, H, W] -> [N, k, h, w]."""
     if side == 1:
         return spectrum
-    blocks = spectrum.unflatten(1, (-1, side * side)).flatten(3)
-    whole = (_basis(side, blocks.device).T.to(blocks.dtype) @ blocks).flatten(1, 2)
-    sites = F.pixel_shuffle(whole.unflatten(2, (spectrum.shape[2], -1)), side)
+    blocks = spectrum.permute(0, 2, 3, 1).unflatten(3, (-1, side * side))
+    whole = (blocks @ _basis(side, blocks.device).to(blocks.dtype)).unflatten(4, (side, side))  # [N, H, W, k, s, s]
+    sites: Tensor = whole.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
     return sites if size is None else sites[:, :, : size[0], : size[1]]
 
 

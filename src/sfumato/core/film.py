@@ -16,8 +16,13 @@ class Film(nn.Module):
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, alpha: Tensor) -> Tensor:
+    def modulation(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """[N] -> s and t [N, c]."""
         seen = torch.stack([alpha, torch.log1p(-alpha)], 1)
-        scale, shift = self.out(torch.relu(self.hidden(seen)))[:, :, None, None].chunk(2, dim=1)
-        modulated: Tensor = torch.addcmul(shift, x, 1 + scale)
+        scale, shift = self.out(torch.relu(self.hidden(seen))).chunk(2, dim=1)
+        return scale, shift
+
+    def forward(self, x: Tensor, alpha: Tensor) -> Tensor:
+        scale, shift = self.modulation(alpha)
+        modulated: Tensor = torch.addcmul(shift[:, :, None, None], x, 1 + scale[:, :, None, None])
         return modulated

@@ -63,6 +63,11 @@ class Allocation(nn.Module):
         """[N] -> bits per block and channel [N, k s^2]; they sum to s^2 (1 - alpha) C_ref."""
         return channel.allocate(self.w, self.v, alpha, self.shape.c_ref * self.shape.block**2)
 
+    def carrying(self, alpha: Tensor) -> Tensor:
+        """Numbers of the channels that have bits at some alpha of [N]: the others are not sent, not even as noise."""
+        bits: Tensor = self(alpha)
+        return (bits > 0).any(0).nonzero()[:, 0]
+
     def steps(self, alpha: Tensor) -> Tensor:
         """[N] -> width of an int8 code [N, k s^2, 1, 1], the same on both sides of the wire."""
         bits: Tensor = self(alpha)
@@ -134,9 +139,11 @@ class Obfuscator(nn.Module):
         return torch.addcmul(noise, gain, self.signal(z, alpha))
 
     def codes(self, z: Tensor, alpha: Tensor, noise: Tensor) -> Tensor:
-        """int8(y / step), what leaves."""
+        """int8(y / step), what leaves; 0 in channels without bits, of which only noise could be told."""
+        bits = self.allocation(alpha)[:, :, None, None]
         y: Tensor = self(z, alpha, noise)
-        return (y / self.allocation.steps(alpha)).round_().clamp_(-channel.INT8_MAX, channel.INT8_MAX).to(torch.int8)
+        rounded = (y / channel.step(bits, self.shape.bound)).round_().clamp_(-channel.INT8_MAX, channel.INT8_MAX)
+        return torch.where(bits > 0, rounded, 0).to(torch.int8)
 
     def estimate(self, y: Tensor, alpha: Tensor, size: tuple[int, int], *, releases: int = 1) -> Tensor:
         """Linear estimate of V n + R at every site [N, k, h, w], from y or a mean of several: an attacker's first step.

@@ -1,8 +1,9 @@
 """What crosses the wire: int8 codes, alpha and the artefact's digest. Nothing else leaves the trust zone.
 
 Layout of the bytes, little-endian: magic b"SFUM", version u8, ndim u8 of the cut tensor, channels u16, block u16,
-h u32, w u32 (sites), records u32, digest 32 bytes, alpha f32 [N], codes i8 [N, channels, ceil(h / block),
-ceil(w / block)]. The header is 54 + 4 N bytes.
+h u32, w u32 (sites), records u32, digest 32 bytes, alpha f32 [N], one bit a channel, lowest first, in whole bytes: set
+where any code is not 0, and codes i8 [N, channels that are set, ceil(h / block), ceil(w / block)]. Channels that get no
+bits at alpha are 0 and so do not travel. The header is 54 + 4 N + ceil(channels / 8) bytes.
 """
 
 import struct
@@ -15,7 +16,8 @@ from torch import Tensor
 from sfumato.core.errors import ReleaseError
 
 MAGIC = b"SFUM"
-VERSION = 2
+VERSION = 3
+MOST = 2**28  # codes of one release, unpacked: a forged header must not be able to ask for all memory
 _HEAD = struct.Struct("<4sBBHHIII32s")
 
 
@@ -45,14 +47,21 @@ class Release:
     @property
     def nbytes(self) -> int:
         """Size on the wire, header included."""
-        return _HEAD.size + 4 * len(self.tensor) + self.tensor.numel()
+        n, channels, high, wide = self.tensor.shape
+        return _HEAD.size + 4 * n + -(-channels // 8) + n * int(self._filled().sum()) * high * wide
+
+    def _filled(self) -> np.ndarray:
+        filled: np.ndarray = self.tensor.ne(0).any(0).flatten(1).any(1).cpu().numpy()
+        return filled
 
     def to_bytes(self) -> bytes:
         """The release as it is sent; `bits` is derived and does not travel."""
         n, k = self.tensor.shape[:2]
         head = _HEAD.pack(MAGIC, VERSION, self.ndim, k, self.block, *self.sites, n, bytes.fromhex(self.digest))
         alpha = self.alpha.to("cpu", torch.float32).numpy().astype("<f4").tobytes()
-        return head + alpha + self.tensor.to("cpu").contiguous().numpy().tobytes()
+        filled = self._filled()
+        codes = np.ascontiguousarray(self.tensor.cpu().numpy()[:, filled])
+        return head + alpha + np.packbits(filled, bitorder="little").tobytes() + codes.tobytes()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Release":
@@ -64,15 +73,25 @@ class Release:
             raise ReleaseError("bytes that are not a release of this format", wanted=f"magic SFUM, version {VERSION}")
         if min(n, k, block, h, w) < 1:
             raise ReleaseError(f"{n} records of {k} channels, {h} x {w} sites", wanted="no empty axis")
-        rows, columns = -(-h // block), -(-w // block)
-        want = _HEAD.size + 4 * n + n * k * rows * columns
-        if len(data) != want:
-            raise ReleaseError(f"{len(data)} bytes for {[n, k, rows, columns]}", wanted=f"{want} bytes")
+        rows, columns, at = -(-h // block), -(-w // block), _HEAD.size + 4 * n
+        if n * k * rows * columns > MOST:
+            raise ReleaseError(f"{n * k * rows * columns} codes", wanted=f"at most {MOST}", do="send fewer at once")
+        mask = np.frombuffer(data[at : at + -(-k // 8)], np.uint8)
+        filled, at = np.unpackbits(mask, bitorder="little").astype(bool), at + -(-k // 8)
+        some = int(filled[:k].sum())
+        want = at + n * some * rows * columns
+        if len(data) != want or filled[k:].any():
+            raise ReleaseError(f"{len(data)} bytes for {[n, some, rows, columns]}", wanted=f"{want} bytes")
         if ndim not in (2, 3, 4) or (ndim < 4 and w != 1) or (ndim < 3 and h != 1):
             raise ReleaseError(f"sites {h} x {w} of a cut tensor of {ndim} dimensions", wanted="sites that unfold")
         alpha = torch.from_numpy(np.frombuffer(data, "<f4", n, _HEAD.size).astype(np.float32))
         if not bool(((alpha >= 0) & (alpha < 1)).all()):
             raise ReleaseError("a release whose alpha is outside [0, 1)")
-        codes = np.frombuffer(data, np.int8, n * k * rows * columns, _HEAD.size + 4 * n).reshape(n, k, rows, columns)
+        codes = np.zeros((n, k, rows, columns), np.int8)
+        codes[:, filled[:k]] = np.frombuffer(data, np.int8, offset=at).reshape(n, some, rows, columns)
+        if some != int(codes.any((0, 2, 3)).sum()):
+            raise ReleaseError(
+                "a channel that is said to travel and holds nothing", wanted="none", do="set its bit to 0"
+            )
         unknown = torch.full((n,), torch.nan)
-        return cls(torch.from_numpy(codes.copy()), alpha, digest.hex(), unknown, ndim, block, (h, w))
+        return cls(torch.from_numpy(codes), alpha, digest.hex(), unknown, ndim, block, (h, w))

@@ -52,21 +52,23 @@ class Restorer(nn.Module):
         self.near = Refinement(c)
         self.far = Refinement(c)
 
-    def wiener(self, y: Tensor, alpha: Tensor) -> Tensor:
-        """Linear least-squares estimate of b from y = g b + eps, in the units of alpha 0."""
+    def wiener(self, bits: Tensor, alpha: Tensor) -> Tensor:
+        """[N, k s^2] by which y = g b + eps is multiplied: the linear least-squares estimate of b, as at alpha 0."""
         a = alpha[:, None]
-        gain = channel.gain(self.allocation(alpha), self.shape.bound)
+        gain = channel.gain(bits, self.shape.bound)
         power = torch.exp(self.log_variance + a * self.variance_growth)
-        scale = torch.exp(self.spread + a * self.growth) * gain * power / (gain**2 * power + 1)
-        return y * scale[:, :, None, None]
+        return torch.exp(self.spread + a * self.growth) * gain * power / (gain**2 * power + 1)
 
     def forward(self, y: Tensor, alpha: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """y float [N, k s^2, H, W] (codes times step) -> z' [N, C, h, w], of `size` (h, w); None: whole blocks."""
-        x = sites_of(self.wiener(y, alpha), self.shape.block, size)
-        n = self.far(self.near(self.lift(x), alpha), alpha)
-        return torch.addcmul(self.mean[:, None, None], self.std[:, None, None], n)
+        return self._lifted(y, self.wiener(self.allocation(alpha), alpha), alpha, size)
 
     def restore(self, codes: Tensor, alpha: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """From what crossed the wire: dequantise with the step both sides know, then `forward`."""
-        restored: Tensor = self(codes.to(self.mean.dtype) * self.allocation.steps(alpha), alpha, size)
-        return restored
+        """From what crossed the wire: `forward` of codes times the step that both sides know."""
+        bits = self.allocation(alpha)
+        return self._lifted(codes, channel.step(bits, self.shape.bound) * self.wiener(bits, alpha), alpha, size)
+
+    def _lifted(self, y: Tensor, scale: Tensor, alpha: Tensor, size: tuple[int, int] | None) -> Tensor:
+        x = sites_of(y * scale[:, :, None, None], self.shape.block, size)
+        n = self.far(self.near(self.lift(x), alpha), alpha)
+        return torch.addcmul(self.mean[:, None, None], self.std[:, None, None], n)
