@@ -91,10 +91,12 @@ class Releases:
             y: Tensor = self.protected.obfuscate(sites, a).tensor * obfuscator.allocation.steps(a)
             return y
         channels, high, wide = obfuscator.shape.codes(sites.shape[2:])
-        total = torch.zeros(len(z), high, wide, channels)
+        sent = obfuscator.allocation.carrying(a)
+        total = torch.zeros(len(z), high, wide, len(sent))
         for _ in range(self.repeats):
-            total += self.protected.noise.normals(len(z), (high, wide, channels))
-        mean = (total / self.repeats).permute(0, 3, 1, 2).to(sites.device)
+            total += self.protected.noise.normals(len(z), tuple(total.shape[1:]))
+        mean = torch.zeros(len(z), channels, high, wide, device=sites.device)
+        mean[:, sent] = (total / self.repeats).permute(0, 3, 1, 2).to(sites.device)
         y = obfuscator(sites, a, mean)
         return y
 

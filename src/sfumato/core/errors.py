@@ -8,6 +8,7 @@ SfumatoError                 1  the work failed
     ├── DatasetError            a dataset that is absent or incomplete
     ├── DeviceError             a device this machine does not have
     ├── ImageError              not an image, or one out of bounds
+    ├── LedgerError             refused by the policy, or a ledger that cannot be used
     ├── OutputError             the output place cannot be written
     ├── ReleaseError            bytes that are not a release of this obfuscator
     └── WeightsError            weights that do not fit the model
@@ -20,6 +21,7 @@ __all__ = [
     "DatasetError",
     "DeviceError",
     "ImageError",
+    "LedgerError",
     "OutputError",
     "ReleaseError",
     "RequestError",
@@ -67,6 +69,10 @@ class DeviceError(RequestError):
 
 class ImageError(RequestError):
     """A file that is not an image, or an image out of bounds."""
+
+
+class LedgerError(RequestError):
+    """A release that the policy refuses, or a ledger that cannot be used. Nothing was entered, so nothing may leave."""
 
 
 class OutputError(RequestError):
