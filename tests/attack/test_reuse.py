@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from sfumato.attack.reuse import Reuse
 from sfumato.core.obfuscator import Obfuscator, Shape
 from sfumato.core.release import Release
 from sfumato.tasks.classification import Classification
-from sfumato.trusted.noise import Fresh
+from sfumato.trusted.noise import Fresh, Keyed, OfRecord
 from sfumato.trusted.protect import Noise, Protected
 
 SHAPE = Shape(channels=6, k=5, context=4)
@@ -39,7 +40,7 @@ def obfuscator(shape: Shape = SHAPE) -> Obfuscator:
     return made
 
 
-def protected(noise: Noise | None = None, kind: type[Protected] = Protected) -> Protected:
+def protected(noise: Noise | Keyed | None = None, kind: type[Protected] = Protected) -> Protected:
     return kind(nn.Identity(), obfuscator(), Classification(), "ab" * 32, noise=noise)
 
 
@@ -351,3 +352,38 @@ def test_vectors_work_too() -> None:
     assert Reuse().attack(prey(side=1), tap, QUICK).caught is None
     for noise in (Off(), OnePerBatch(), FixedSeed(), OneForAll()):
         assert Reuse().attack(prey(side=1), Releases(protected(noise), 0.8), QUICK).caught is not None
+
+
+KEY = bytes(range(32))
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_keyed_noise_that_keeps_its_promise_is_not_caught(alpha: float) -> None:
+    found = outcome(protected(Keyed(KEY)), alpha)
+    assert found.caught is None, found.caught
+    assert found.figures["identical codes, two calls"] == 1 == found.anchors["identical codes, two calls"]
+    assert "correlation of copies" not in found.figures and found.figures.keys() == found.anchors.keys()
+
+
+class Forgetful(Keyed):
+    """Another epoch at every call."""
+
+    def of(self, one: NDArray[np.generic], artefact: str, alpha: float) -> OfRecord:
+        self.epoch += 1
+        return super().of(one, artefact, alpha)
+
+
+class Careless(Keyed):
+    """The same noise whatever the record is."""
+
+    def of(self, one: NDArray[np.generic], artefact: str, alpha: float) -> OfRecord:
+        return super().of(np.zeros(1), artefact, alpha)
+
+
+@pytest.mark.parametrize(
+    ("noise", "sentence"),
+    [(Forgetful(KEY), "Keyed noise does not repeat: of two"), (Careless(KEY), "Noise is shared between")],
+)
+def test_keyed_noise_that_breaks_its_promise_is_caught(noise: Keyed, sentence: str) -> None:
+    caught = outcome(protected(noise)).caught
+    assert caught is not None and caught.startswith(sentence), caught

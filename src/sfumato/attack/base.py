@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sfumato.core import channel
 from sfumato.core.sites import fold
+from sfumato.trusted.noise import Keyed
 from sfumato.trusted.protect import Protected
 
 # An attacker had converged if its last quarter of training added no more than a tenth of what it has over no
@@ -63,8 +64,8 @@ class Clean:
 class Releases:
     """Our releases at `alpha`, as linear estimates of each site; of the mean of `repeats`, each with fresh noise.
 
-    Of several the attacker is given the mean of y before the wire's rounding, the sufficient statistic: more than it
-    could have.
+    Of several under fresh noise the attacker is given the mean of y before the wire's rounding, the sufficient
+    statistic: more than it could have. Under keyed noise they are real releases, one by one.
     """
 
     protected: Protected
@@ -87,14 +88,16 @@ class Releases:
         obfuscator = self.protected.obfuscator
         sites = fold(z).to(obfuscator.mean.device)
         a = channel.as_alpha(self.alpha, len(sites), sites.device)
-        if self.repeats == 1:
-            y: Tensor = self.protected.obfuscate(sites, a).tensor * obfuscator.allocation.steps(a)
+        noise = self.protected.noise
+        if self.repeats == 1 or isinstance(noise, Keyed):
+            codes = [self.protected.obfuscate(sites, a).tensor for _ in range(self.repeats)]
+            y: Tensor = torch.stack(codes).float().mean(0) * obfuscator.allocation.steps(a)
             return y
         channels, high, wide = obfuscator.shape.codes(sites.shape[2:])
         sent = obfuscator.allocation.carrying(a)
         total = torch.zeros(len(z), high, wide, len(sent))
         for _ in range(self.repeats):
-            total += self.protected.noise.normals(len(z), tuple(total.shape[1:]))
+            total += noise.normals(len(z), tuple(total.shape[1:]))
         mean = torch.zeros(len(z), channels, high, wide, device=sites.device)
         mean[:, sent] = (total / self.repeats).permute(0, 3, 1, 2).to(sites.device)
         y = obfuscator(sites, a, mean)
@@ -128,6 +131,7 @@ class Prey:
     seed: int = 0
     attributes: dict[str, np.ndarray] = field(default_factory=dict)
     ndim: int = 4  # of the tensor that was cut
+    mirrored: int = 0  # of the last rows, all of them to train on: mirror images of rows before them
 
     def cut(self, rows: np.ndarray) -> Tensor:
         """Head outputs of `rows`, float32, channels-last."""
@@ -149,7 +153,7 @@ class Effort:
 
 
 QUICK = Effort(steps=150, batch=12, tested=200)
-FULL = Effort(steps=1000, tested=900)
+FULL = Effort(steps=400, tested=900)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ with a probability below ALARM, by these bounds, each with its share of ALARM (t
     |hits - sum p| <= t / 3 + sqrt(t^2 / 9 + 2 t sum p (1 - p))    Bernstein; p: the chance of a code to come again
 
 Where a step is many deviations wide the noise hardly crosses the wire, and little can be seen of it: r then is mostly
-the attacker's own draw. Honest means fresh: noise made to repeat is caught.
+the attacker's own draw. Honest means what the noise promises: fresh noise that repeats is caught, and keyed noise that
+does not repeat for the same record, or does for another.
 
 Needs: white box (g, b and step are computed), the same record twice, no training. Source of r: randomised quantile
 residuals, Dunn and Smyth, J. Comput. Graph. Stat. 5 (1996).
@@ -40,6 +41,7 @@ from torch import Tensor
 from sfumato.attack.base import Effort, Outcome, Prey, Releases, Tap, batches
 from sfumato.core import channel
 from sfumato.core.sites import fold
+from sfumato.trusted.noise import Keyed
 from sfumato.trusted.protect import Protected
 
 RECORDS = 64
@@ -193,6 +195,7 @@ class _Suspect:
 
     def __init__(self, protected: Protected, alpha: float, z: Tensor, draw: np.random.Generator) -> None:
         self.protected, self.alpha, self.z, self.draw = protected, alpha, z, draw
+        self.keyed = isinstance(protected.noise, Keyed)
         self.first, self.second = self._call(), self._call()
         some = z[:_BATCH]
         both = self._read(protected, torch.cat([some, some]))
@@ -217,9 +220,11 @@ class _Suspect:
             "two calls": (self.first, self.second),
             "one batch": (self.batch[0], self.batch[1]),
         }.items():
-            found[f"difference variance, {name}"] = float((a.noise - b.noise).square().mean()) / 2, 1.0
-            found[f"identical codes, {name}"] = _share(a.codes == b.codes), float(a.chance.mean())
-            found[f"correlation, {name}"] = cosine(a.noise, b.noise), 0.0
+            by_chance = 1.0 if self.keyed else float(a.chance.mean())
+            found[f"identical codes, {name}"] = _share(a.codes == b.codes), by_chance
+            if not self.keyed:
+                found[f"difference variance, {name}"] = float((a.noise - b.noise).square().mean()) / 2, 1.0
+                found[f"correlation, {name}"] = cosine(a.noise, b.noise), 0.0
         r, signal = self.first.noise, self.first.signal
         found["noise variance"] = float(r.square().mean()), 1.0
         found["signal gain"] = 1 + float((r * signal).sum() / signal.square().sum().clamp_min(_LEAST)), 1.0
@@ -227,8 +232,10 @@ class _Suspect:
         even, odd = _neighbours(r)
         found["correlation of sites"] = cosine(even, odd), 0.0
         found["correlation of channels"] = cosine(*_beside(r)), 0.0
-        found["correlation of copies"] = _largest(self.copied), cosine_bound(self.batch[0].noise.numel(), 6)
-        found["correlation of reset seeds"] = _largest(self.seeded), cosine_bound(self.batch[0].noise.numel())
+        if not self.keyed:
+            size = self.batch[0].noise.numel()
+            found["correlation of copies"] = _largest(self.copied), cosine_bound(size, 6)
+            found["correlation of reset seeds"] = _largest(self.seeded), cosine_bound(size)
         found["codes in channels without bits"] = float(self.first.stray.sum()), 0.0
         found["declared alpha"] = float(self.first.alpha.mean()), self.alpha
         found["declared bits"] = float(self.first.bits.mean()), self._bits
@@ -236,10 +243,12 @@ class _Suspect:
 
     def verdict(self, figures: dict[str, float]) -> str | None:
         """The first leak in an order in which none is taken for another: each test holds whatever a later one finds."""
-        for look in (self._declared, self._sizes, self._stray, self._repeated, self._clustered, self._state):
+        looks = [self._declared, self._sizes, self._stray]
+        fresh = [self._repeated, self._clustered, self._state]
+        for look in [*looks, self._unrepeated, self._clustered] if self.keyed else [*looks, *fresh]:
             if sentence := look(figures):
                 return sentence
-        return self._channels() or self._identical()
+        return self._channels() or (None if self.keyed else self._identical())
 
     @property
     def _bits(self) -> float:
@@ -249,12 +258,17 @@ class _Suspect:
         return (1 - withheld) * shape.c_ref * shape.block**2 * places
 
     @property
+    def _unlike(self) -> Tensor:
+        """Noise of releases that should have nothing in common, [N, k, h, w]: of keyed noise one of each record."""
+        return self.first.noise if self.keyed else torch.cat([self.first.noise, self.second.noise])
+
+    @property
     def _pairs(self) -> int:
-        many = 2 * len(self.z)
+        many = len(self.z) if self.keyed else 2 * len(self.z)
         return many * (many - 1) // 2
 
     def _largest_between_records(self) -> float:
-        r = torch.cat([self.first.noise, self.second.noise]).flatten(1)
+        r = self._unlike.flatten(1)
         r = r / r.norm(dim=1, keepdim=True).clamp_min(_LEAST)
         return float((r @ r.T).fill_diagonal_(0).abs().max())
 
@@ -295,6 +309,12 @@ class _Suspect:
                 return f"Alpha is ignored: the releases are drawn as at alpha {alpha:g}, not {self.alpha:g}."
         return None
 
+    def _unrepeated(self, figures: dict[str, float]) -> str | None:
+        same = min(figures["identical codes, two calls"], figures["identical codes, one batch"])
+        if same < 1:
+            return f"Keyed noise does not repeat: of two releases of one record {same:.1%} of the codes are the same."
+        return None
+
     def _repeated(self, figures: dict[str, float]) -> str | None:
         calls, batch = abs(figures["correlation, two calls"]), abs(figures["correlation, one batch"])
         if batch > cosine_bound(self.batch[0].noise.numel()):
@@ -327,7 +347,7 @@ class _Suspect:
         return None
 
     def _channels(self) -> str | None:
-        r = torch.cat([self.first.noise, self.second.noise]).transpose(0, 1).flatten(1)
+        r = self._unlike.transpose(0, 1).flatten(1)
         return _of_variance(r.square().mean(1), r.shape[1], "a channel")
 
     def _identical(self) -> str | None:

@@ -18,7 +18,7 @@ from sfumato.core.release import Release
 from sfumato.core.sites import fold, stack
 from sfumato.core.task import Image, Task
 from sfumato.trusted.fused import Fused
-from sfumato.trusted.noise import Fresh
+from sfumato.trusted.noise import Fresh, Keyed
 
 _KEPT = 64  # alphas whose weights are kept: 160 kB each for a shipped artefact
 
@@ -47,21 +47,21 @@ class Protected:
         *,
         outside: Callable[[Release], Any] | None = None,
         reference: nn.Module | None = None,
-        noise: Noise | None = None,
+        noise: Noise | Keyed | None = None,
     ) -> None:
         self.head, self.task, self.digest, self.outside, self.reference = head, task, digest, outside, reference
         self.obfuscator = obfuscator.eval().requires_grad_(requires_grad=False)
-        self.noise: Noise = noise or Fresh()
+        self.noise: Noise | Keyed = noise or Fresh()
         self._fused: dict[float, Fused] = {}
 
     def __call__(self, record: Image | Sequence[Image], alpha: channel.Alpha = 0.8) -> Release:
         """One record or several of one input size -> their release. Raises AlphaError before anything is computed."""
         records = [record] if isinstance(record, np.ndarray) else list(record)
         channel.as_alpha(alpha, len(records))
-        return self.obfuscate(self.cut(records), alpha)
+        return self.obfuscate(self.cut(records), alpha, records=records)
 
-    def with_noise(self, noise: Noise) -> "Protected":
-        """The same with other noise, for measurements that must repeat; releases that leave take the default."""
+    def with_noise(self, noise: Noise | Keyed) -> "Protected":
+        """The same with other noise: `Keyed`, or one for measurements that must repeat."""
         same = copy(self)
         same.noise = noise
         return same
@@ -76,19 +76,29 @@ class Protected:
         return z
 
     @torch.inference_mode()
-    def obfuscate(self, z: Tensor, alpha: channel.Alpha = 0.8) -> Release:
-        """Clean head output -> release, with noise of its own for every record. Raises AlphaError."""
+    def obfuscate(self, z: Tensor, alpha: channel.Alpha = 0.8, *, records: Sequence[Image] | None = None) -> Release:
+        """Clean head output -> release, with noise of its own for every record. Raises AlphaError.
+
+        Keyed noise is that of `records`; where they are not given, of z itself, to the last bit.
+        """
         sites = fold(z)
         a = channel.as_alpha(alpha, len(sites), sites.device)
         fused = [self._at(value) for value in a.tolist()]
-        if all(one is fused[0] for one in fused):
+        if not isinstance(self.noise, Keyed) and all(one is fused[0] for one in fused):
             codes = fused[0](sites, self.noise.normals)
-        else:  # every alpha sends channels of its own
-            alone = zip(fused, sites.split(1), strict=True)
-            codes = torch.cat([one(record, self.noise.normals) for one, record in alone])
+        else:  # every alpha sends channels of its own, and what is keyed must not depend on the batch it is in
+            sources = self._sources(z, a, records)
+            alone = zip(fused, sites.split(1), sources, strict=True)
+            codes = torch.cat([one(site, source.normals) for one, site, source in alone])
         shape, size = self.obfuscator.shape, (sites.shape[2], sites.shape[3])
         bits = torch.tensor([one.bits_per_site * shape.coded(size) for one in fused], device=codes.device)
         return Release(codes, a, self.digest, bits, z.ndim, shape.block, size)
+
+    def _sources(self, z: Tensor, alpha: Tensor, records: Sequence[Image] | None) -> list[Noise]:
+        if not isinstance(self.noise, Keyed):
+            return [self.noise] * len(z)
+        named = list(z.cpu().numpy()) if records is None else records
+        return [self.noise.of(one, self.digest, value) for one, value in zip(named, alpha.tolist(), strict=True)]
 
     def _at(self, alpha: float) -> Fused:
         if alpha not in self._fused:
