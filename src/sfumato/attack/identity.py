@@ -65,7 +65,8 @@ class Linkage:
     def missing(self, prey: Prey) -> str | None:
         if prey.people is None:
             return "the data does not say who is who: one folder a person, 20 or more, and no image beside them"
-        for rows, kind in ((prey.train, "train"), (prey.test, "test")):
+        plain = prey.train[: len(prey.train) - prey.mirrored]
+        for rows, kind in ((plain, "train"), (prey.test, "test")):
             shown = np.unique(prey.people[rows], return_counts=True)[1]
             if (shown * (shown - 1) // 2).sum() < FEWEST_PAIRS:
                 return f"fewer than {FEWEST_PAIRS} pairs of pictures of one person to {kind} on"
@@ -139,12 +140,13 @@ def _fit(
 
 
 def _held_out(prey: Prey) -> tuple[np.ndarray, np.ndarray]:
-    """Training rows of some people who are shown twice; all the others."""
+    """Training rows of some people who are shown twice, without mirror images; rows of all other people."""
     assert prey.people is not None
-    owners, shown = np.unique(prey.people[prey.train], return_counts=True)
+    plain = prey.train[: len(prey.train) - prey.mirrored]
+    owners, shown = np.unique(prey.people[plain], return_counts=True)
     twice = owners[shown > 1]
-    apart = np.isin(prey.people[prey.train], twice[:: max(8, len(twice) // 40)])
-    return prey.train[apart][:200], prey.train[~apart]
+    some = twice[:: max(8, len(twice) // 40)]
+    return plain[np.isin(prey.people[plain], some)][:200], prey.train[~np.isin(prey.people[prey.train], some)]
 
 
 class _Linear:

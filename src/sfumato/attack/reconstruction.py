@@ -30,6 +30,7 @@ _RIDGES = (1e-6, 1e-4, 1e-2)  # relative to the features' mean power; the best o
 _SAMPLES = 800_000  # sites the closed form looks at
 _MEANS = 64  # batches of 16 that the mean of what is seen is taken over
 _WIDE = 512  # channels from which L reads one site and not nine, to keep its solve small
+_RATE = 1e-3
 SMALL, LARGE = (64, 48, 32, 24), (160, 96, 64, 32)
 CHECKS = 12  # points of the training curve
 _KEPT = 16  # pictures an outcome carries along
@@ -103,8 +104,12 @@ def _fit(prey: Prey, see: Seen, widths: tuple[int, ...], effort: Effort) -> tupl
     doublings = max(1, math.ceil(math.log2(mean.shape[1] / usual.shape[1])))
     decoder = Decoder(usual, widths, mean, doublings)
     curve = [_solve(decoder, see, prey, rows, held)]
-    optimiser = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=effort.steps + 1, pct_start=0.1)
+    # What the closed form gave moves slowly, or a network that knows nothing yet would have unlearned it.
+    solved = [*decoder.linear.parameters(), decoder.mean]
+    network = [p for p in decoder.parameters() if not any(p is q for q in solved)]
+    rates = [_RATE / 10, _RATE]
+    optimiser = torch.optim.AdamW([{"params": solved}, {"params": network}])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, total_steps=effort.steps + 1, pct_start=0.1)
     best, state = curve[0], deepcopy(decoder.state_dict())
     draw = np.random.default_rng(prey.seed)
     every = max(1, effort.steps // CHECKS)

@@ -104,12 +104,19 @@ def build(
     called: str = "clean",
     quiet: bool = False,
 ) -> Prey:
-    """Head outputs of every image at `size`, of its transform where one is given; from `work` where they are there."""
-    place = work / f"prey-{called}.npz"
-    key = json.dumps([found.digest, size, called, repr(protected.task), digest_of(protected.head.state_dict())])
-    z, pictures, ndim = _kept(place, key) or _computed(protected, found, size, transform, place, key, quiet)
-    train, test = divided(found.people, len(z), seed)
-    return Prey(z, pictures, found.people, train, test, seed, found.attributes, ndim)
+    """Head outputs of every image at `size`, of its transform where one is given; from `work` where they are there.
+
+    Images to train on come twice, the second time mirrored: whoever has the head can make as many more as he likes.
+    """
+    place, count = work / f"prey-{called}.npz", len(found.paths)
+    train, test = divided(found.people, count, seed)
+    head = digest_of(protected.head.state_dict())
+    key = json.dumps([found.digest, size, called, repr(protected.task), head, PICTURE, seed])
+    z, pictures, ndim = _kept(place, key) or _computed(protected, found, train, size, transform, place, key, quiet)
+    people = None if found.people is None else np.concatenate([found.people, found.people[train]])
+    attributes = {name: np.concatenate([values, values[train]]) for name, values in found.attributes.items()}
+    train = np.concatenate([train, np.arange(count, len(z))])
+    return Prey(z, pictures, people, train, test, seed, attributes, ndim, mirrored=len(z) - count)
 
 
 def _kept(place: Path, key: str) -> tuple[np.ndarray, np.ndarray, int] | None:
@@ -123,6 +130,7 @@ def _kept(place: Path, key: str) -> tuple[np.ndarray, np.ndarray, int] | None:
 def _computed(
     protected: Protected,
     found: Source,
+    train: np.ndarray,
     size: int,
     transform: Callable[[Image], Image] | None,
     place: Path,
@@ -130,9 +138,11 @@ def _computed(
     quiet: bool,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     zs, pictures, ndim = [], [], 4
-    starts = range(0, len(found.paths), _BATCH)
-    for start in tqdm(starts, f"head outputs, {place.stem}", disable=quiet):
-        batch = [found.read(i) for i in range(start, min(start + _BATCH, len(found.paths)))]
+    plain = [(i, False) for i in range(len(found.paths))]
+    rows = [*plain, *((int(i), True) for i in train)]
+    for start in tqdm(range(0, len(rows), _BATCH), f"head outputs, {place.stem}", disable=quiet):
+        batch = [found.read(i)[:, :: -1 if turned else 1] for i, turned in rows[start : start + _BATCH]]
+        batch = [np.ascontiguousarray(image) for image in batch]
         pictures += [cv2.resize(image, (PICTURE, PICTURE), interpolation=cv2.INTER_AREA) for image in batch]
         seen = [resized(image, size) if transform is None else transform(resized(image, size)) for image in batch]
         part, ndim = outputs(protected, seen)

@@ -199,6 +199,8 @@ class _Run:
         result = Audit(self._conditions(), alphas, limits=limits)
         result.left_out = {a.name: why for a in self.attackers if (why := a.missing(self.prey)) is not None}
         able = [a for a in self.attackers if a.name not in result.left_out]
+        # Baselines meet the smaller decoder alone, which can only flatter them.
+        rivals = [replace(a, capacities=(SMALL,)) if isinstance(a, Reconstruction) else a for a in able if _learned(a)]
         clean = Clean()
         taps: list[tuple[Tap, Prey, list[Attacker]]] = [(clean, self.prey, [a for a in able if _learned(a)])]
         result.utility[clean.name] = 1.0
@@ -207,7 +209,7 @@ class _Run:
             taps.append((tap, self.prey, able))
             reached = self.kept([tap.name, alpha], partial(self.utility, tap))
             result.utility[f"{tap.name} {alpha:g}"] = reached
-            taps += [(t, p, [a for a in able if _learned(a)]) for t, p in self.baselines(alpha, reached, result)]
+            taps += [(t, p, rivals) for t, p in self.baselines(alpha, reached, result)]
         todo = [(t, p, a) for t, p, attackers in taps for a in attackers]
         bar = tqdm(todo, "attacks", disable=self.quiet)
         for through, prey, attacker in bar:
@@ -232,7 +234,8 @@ class _Run:
             return attacker.attack(prey, tap, self.effort)
         strength = getattr(tap, "sigma", None) or getattr(tap, "strength", None)
         what = [
-            attacker.name, repr(getattr(attacker, "repeats", None)), tap.name, tap.alpha, strength, self.known,
+            attacker.name, *(repr(getattr(attacker, part, None)) for part in ("repeats", "capacities")),
+            tap.name, tap.alpha, strength, self.known,
             self.found.digest, self.protected.digest, type(self.protected.noise).__qualname__, self.size, self.seed,
             repr(replace(self.effort, quiet=True)), _sources(),
         ]  # fmt: skip
@@ -337,9 +340,9 @@ class _Run:
             "artefact": self.protected.digest,
             "data": self.found.digest,
             "budget": self.budget.name,
-            "records": len(prey.z),
+            "records": len(self.found.paths),
             "people": None if owners is None else len(np.unique(owners)),
-            "trained on": len(prey.train),
+            "trained on": f"{len(prey.train) - prey.mirrored}, and their mirror images",
             "tested on": min(len(prey.test), self.effort.tested),
             "steps an attacker": self.effort.steps,
             "records a step": self.effort.batch,
