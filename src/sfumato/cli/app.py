@@ -14,6 +14,7 @@ from sfumato.cli.demo import demo
 from sfumato.cli.detect import detect
 from sfumato.cli.doctor import doctor
 from sfumato.cli.fit import fit
+from sfumato.cli.key import key
 from sfumato.cli.measure import measure
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ app.command(
         "sfumato audit mine --data lfw --weights FaceBoxesProd.pth --budget full --fail-above tar=0.05",
     )
 )(guarded(audit))
+app.command(epilog=examples("sfumato key tenant.key"))(guarded(key, resume=_AGAIN))
 app.command(epilog=examples("sfumato doctor --dataset FDDB"))(guarded(doctor, resume=_AGAIN))
 
 

@@ -11,6 +11,7 @@ SfumatoError                 1  the work failed
     ├── LedgerError             refused by the policy, or a ledger that cannot be used
     ├── OutputError             the output place cannot be written
     ├── ReleaseError            bytes that are not a release of this obfuscator
+    ├── TenantKeyError          a tenant key that is not there, not private or no key
     └── WeightsError            weights that do not fit the model
 """
 
@@ -26,6 +27,7 @@ __all__ = [
     "ReleaseError",
     "RequestError",
     "SfumatoError",
+    "TenantKeyError",
     "WeightsError",
 ]
 
@@ -81,6 +83,10 @@ class OutputError(RequestError):
 
 class ReleaseError(RequestError):
     """Bytes that are not a release, or a release of another obfuscator."""
+
+
+class TenantKeyError(RequestError):
+    """A tenant key that is not there, that others can read or replace, or that is no key. Never shows any of it."""
 
 
 class WeightsError(RequestError):
