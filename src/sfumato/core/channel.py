@@ -87,8 +87,8 @@ def step(bits: Tensor, bound: float) -> Tensor:
     return (gain(bits, bound) * bound + NOISE_ROOM) / INT8_MAX
 
 
-def repeated(bits: Tensor, releases: int) -> Tensor:
-    """Bits after K releases of one record under fresh noise; see (repeats).
+def repeated(bits: Tensor, releases: float) -> Tensor:
+    """Bits after K releases of one record under fresh noise; see (repeats). K need not be whole: it is 1 / variance.
 
     Written as c and what K adds to it, which is exact at K = 1 and finite for any c: from the knee on
     log2(1 + (sqrt(K) - 1)(1 - 2^-c)), below it the smaller of 1/2 log2(1 + (K - 1)(1 - 2^(-2 c))) and the peak bound.

@@ -7,6 +7,7 @@ SfumatoError                 1  the work failed
     ├── CutError                the model cannot be cut there
     ├── DatasetError            a dataset that is absent or incomplete
     ├── DeviceError             a device this machine does not have
+    ├── GuardError              what is about to leave is no release of this guard's
     ├── ImageError              not an image, or one out of bounds
     ├── LedgerError             refused by the policy, or a ledger that cannot be used
     ├── OutputError             the output place cannot be written
@@ -21,6 +22,7 @@ __all__ = [
     "CutError",
     "DatasetError",
     "DeviceError",
+    "GuardError",
     "ImageError",
     "LedgerError",
     "OutputError",
@@ -67,6 +69,10 @@ class DatasetError(RequestError):
 
 class DeviceError(RequestError):
     """A device this machine does not have."""
+
+
+class GuardError(RequestError):
+    """What is about to leave is not a release that this guard made and entered."""
 
 
 class ImageError(RequestError):

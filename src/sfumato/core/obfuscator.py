@@ -153,12 +153,12 @@ class Obfuscator(nn.Module):
         logs = self.spread + alpha[:, None] * self.growth
         return linear_estimate(y, self.allocation(alpha), logs, self.shape, size, releases)
 
-    def bits_per_site(self, alpha: channel.Alpha, *, releases: int = 1) -> Tensor:
+    def bits_per_site(self, alpha: channel.Alpha, *, releases: float = 1) -> Tensor:
         """Capacity of one site in bits, [N]; of `releases` fresh releases of the same record together."""
         a = torch.as_tensor(alpha, dtype=torch.float32, device=self.mean.device).reshape(-1)
         bits = self.allocation(channel.as_alpha(a, len(a), a.device))
         return channel.repeated(bits, releases).sum(1) / self.shape.block**2
 
-    def bits_per_record(self, alpha: channel.Alpha, sites: int, *, releases: int = 1) -> Tensor:
+    def bits_per_record(self, alpha: channel.Alpha, sites: int, *, releases: float = 1) -> Tensor:
         """Capacity of a record of `sites` sites in bits, [N]; they count in whole blocks."""
         return sites * self.bits_per_site(alpha, releases=releases)

@@ -44,9 +44,13 @@ class Fused:
 
     def __call__(self, z: Tensor, normals: Normals) -> Tensor:
         """z [N, C, h, w] -> codes int8 [N, k s^2, H, W]; normals(records, shape) gives as many as there are to send."""
-        n, m = len(z), self.shape.context
-        k, high, wide = self.shape.codes(z.shape[2:])
-        eps = normals(n, (high, wide, len(self.carrying))).to(z.device)
+        _, high, wide = self.shape.codes(z.shape[2:])
+        eps = normals(len(z), (high, wide, len(self.carrying))).to(z.device)
+        return self.placed(self.signal(z).addcmul_(eps, self.per_code))
+
+    def signal(self, z: Tensor) -> Tensor:
+        """z [N, C, h, w] -> g b / step [N, H, W, channels that carry bits]."""
+        m = self.shape.context
         both = F.conv2d(z, *self.enter)
         h = both[:, self.shape.k :].contiguous(memory_format=torch.channels_last).relu_()
         h = F.conv2d(h, *self.near, padding=2, groups=m).relu_()
@@ -54,9 +58,12 @@ class Fused:
         h = F.conv2d(h, *self.far, padding=2, groups=m).relu_()
         sites = F.conv2d(h, *self.leave).add_(both[:, : self.shape.k]).nan_to_num_()
         u = spectrum(sites, self.shape.block).permute(0, 2, 3, 1).index_select(3, self.carrying)
-        y = u.mul_(self.inner).nan_to_num_().tanh_().mul_(self.peak).addcmul_(eps, self.per_code)
+        return u.mul_(self.inner).nan_to_num_().tanh_().mul_(self.peak)
+
+    def placed(self, y: Tensor) -> Tensor:
+        """y / step [N, H, W, channels that carry bits] -> codes int8 [N, k s^2, H, W]; y is overwritten."""
         most = channel.INT8_MAX
-        codes = torch.zeros(n, high, wide, k, dtype=torch.int8, device=z.device)
+        codes = torch.zeros(*y.shape[:3], self.shape.sent, dtype=torch.int8, device=y.device)
         codes.index_copy_(3, self.carrying, y.round_().clamp_(-most, most).to(torch.int8))
         return codes.permute(0, 3, 1, 2)
 

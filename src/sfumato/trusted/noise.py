@@ -31,6 +31,7 @@ from sfumato.trusted import record
 _KEY_BYTES = 32
 _NONCE = bytes(16)  # block counter and nonce: a key serves one stream only, so both start at zero
 _WORD = 2.0**-32
+SHARED = 0.5  # correlation of keyed noise between near-duplicates
 
 
 class Fresh:

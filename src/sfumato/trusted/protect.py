@@ -83,7 +83,7 @@ class Protected:
         """
         sites = fold(z)
         a = channel.as_alpha(alpha, len(sites), sites.device)
-        fused = [self._at(value) for value in a.tolist()]
+        fused = [self.at(value) for value in a.tolist()]
         if not isinstance(self.noise, Keyed) and all(one is fused[0] for one in fused):
             codes = fused[0](sites, self.noise.normals)
         else:  # every alpha sends channels of its own, and what is keyed must not depend on the batch it is in
@@ -100,7 +100,8 @@ class Protected:
         named = list(z.cpu().numpy()) if records is None else records
         return [self.noise.of(one, self.digest, value) for one, value in zip(named, alpha.tolist(), strict=True)]
 
-    def _at(self, alpha: float) -> Fused:
+    def at(self, alpha: float) -> Fused:
+        """The obfuscator at one alpha, kept for the next time."""
         if alpha not in self._fused:
             if len(self._fused) == _KEPT:
                 self._fused.clear()

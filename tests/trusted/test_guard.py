@@ -1,0 +1,271 @@
+"""Nothing leaves but what the guard made and entered: ten thousand other things are tried on a server that records."""
+
+import copy
+import dataclasses
+import gc
+import pickle
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import nn
+
+from sfumato.core.errors import AlphaError, GuardError, LedgerError, RequestError, SfumatoError
+from sfumato.core.obfuscator import Shape
+from sfumato.core.release import Release
+from sfumato.tasks.classification import Classification
+from sfumato.trusted.client import Client
+from sfumato.trusted.guard import Guard
+from sfumato.trusted.ledger import Ledger, Policy
+from sfumato.trusted.noise import Fresh, Keyed
+from sfumato.trusted.protect import Protected
+from tests.trusted.test_fused import obfuscator
+
+SHAPE = Shape(channels=3, k=5, bound=2.0, c_ref=7.5, context=4, block=3)
+KEY, DIGEST, SIDE = bytes(range(32)), "ab" * 32, 12
+TRIED = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures(Classification):
+    """Pictures go in as they are."""
+
+    def preprocess(self, record: NDArray[np.uint8]) -> torch.Tensor:
+        return torch.from_numpy(record).permute(2, 0, 1).float() / 255
+
+
+def protected(noise: Fresh | Keyed | None = None, digest: str = DIGEST) -> Protected:
+    return Protected(nn.Identity(), obfuscator(SHAPE), Pictures(), digest, noise=noise)
+
+
+def guard(place: Path, policy: Policy | None = None, noise: Fresh | Keyed | None = None) -> Guard:
+    return Guard(protected(noise), Ledger(place / "ledger.db", policy or Policy()), KEY)
+
+
+def picture(seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+
+
+class Recorder(ThreadingHTTPServer):
+    """Keeps every body it is sent."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.status = 200
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Recorder
+
+    def do_POST(self) -> None:
+        self.server.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(self.server.status)
+        self.send_header("Location", "/elsewhere")
+        self.end_headers()
+        self.wfile.write(b"answer")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    server = Recorder()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def client(server: Recorder, door: Guard) -> Client:
+    return Client(f"http://127.0.0.1:{server.server_address[1]}/infer", door)
+
+
+def test_a_release_arrives_byte_for_byte(tmp_path: Path, recorder: Recorder) -> None:
+    door = guard(tmp_path)
+    release = door([picture(0), picture(1)], [0.2, 0.8])
+    assert client(recorder, door)(release) == b"answer"
+    assert recorder.bodies == [release.to_bytes()] == [door.open(release)]
+    got = Release.from_bytes(recorder.bodies[0])
+    assert torch.equal(got.tensor, release.tensor) and got.digest == DIGEST
+    assert door.ledger.totals().releases == 2
+
+
+def things(door: Guard, made: list[Release]) -> st.SearchStrategy[Any]:
+    """What somebody might send by mistake or on purpose."""
+    head = torch.rand(1, 3, SIDE, SIDE)
+    honest, foreign = made[0], protected(digest=DIGEST).obfuscate(head)
+
+    def changed(field: str, value: Any) -> Release:
+        one = dataclasses.replace(honest, **{field: value})
+        return one
+
+    def by_hand(seed: int) -> Release:
+        codes = torch.randint(-127, 128, honest.tensor.shape, generator=torch.Generator().manual_seed(seed))
+        return Release(codes.to(torch.int8), honest.alpha, DIGEST, honest.bits, 4, SHAPE.block, honest.sites)
+
+    class Disguised(Release):
+        pass
+
+    fields = {f.name: getattr(honest, f.name) for f in dataclasses.fields(Release)}
+    tensors = st.tuples(st.sampled_from([torch.float32, torch.float16, torch.int8, torch.uint8]), st.integers(0, 99))
+    return st.one_of(
+        st.integers(0, 99).map(picture),
+        st.integers(0, 99).map(lambda n: picture(n)[::2]),
+        st.integers(0, 99).map(lambda n: [picture(n)]),
+        tensors.map(lambda t: (torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(t[1])) * 9).to(t[0])),
+        st.sampled_from([head, head[:, :1], head.transpose(2, 3), head.numpy(), head.half(), honest.tensor]),
+        st.sampled_from([honest.tensor[:], honest.tensor.clone(), honest.to_bytes(), foreign, fields]),
+        st.integers(0, 9999).map(by_hand),
+        st.builds(lambda n: changed("digest", f"{n:064x}"), st.integers(0, 2**32)),
+        st.builds(lambda a: changed("alpha", torch.tensor([a])), st.floats(0, 0.99)),
+        st.builds(lambda n: changed("ndim", n), st.integers(2, 4)),
+        st.sampled_from([copy.copy(honest), copy.deepcopy(honest), pickle.loads(pickle.dumps(honest))]),
+        st.just(Disguised(**fields)),
+        st.sampled_from(
+            [Release.from_bytes(honest.to_bytes()), door, door.protected, door.ledger, None, "picture.jpg"]
+        ),
+        st.binary(max_size=200),
+        st.dictionaries(st.text(max_size=5), st.floats(), max_size=3),
+        st.recursive(st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3), max_leaves=5),
+    )
+
+
+def test_ten_thousand_other_things_do_not_leave(tmp_path: Path, recorder: Recorder) -> None:
+    door = guard(tmp_path)
+    link, made, tried = client(recorder, door), [door(picture())], []
+
+    @settings(derandomize=True, deadline=None, max_examples=TRIED // 10, database=None)
+    @given(batch=st.lists(things(door, made), min_size=10, max_size=10))
+    def refused(batch: list[Any]) -> None:
+        for thing in batch:
+            tried.append(type(thing))
+            with pytest.raises(GuardError):
+                link(thing)
+            with pytest.raises(GuardError):
+                door.open(thing)
+
+    refused()
+    assert len(tried) >= TRIED and len(set(tried)) > 10
+    assert recorder.bodies == []
+    link(made[0])
+    assert recorder.bodies == [made[0].to_bytes()]
+
+
+@pytest.mark.parametrize("field", ["tensor", "alpha", "digest", "sites", "ndim"])
+def test_a_release_that_was_changed_does_not_leave(tmp_path: Path, field: str) -> None:
+    door = guard(tmp_path)
+    release = door(picture())
+    others = {"alpha": torch.tensor([0.1]), "digest": "cd" * 32, "sites": (SIDE, SIDE - 1), "ndim": 3}
+    if field == "tensor":
+        with torch.inference_mode():
+            release.tensor[0, 0, 0, 0] += 1
+    else:
+        object.__setattr__(release, field, others[field])
+    with pytest.raises(GuardError):
+        door.open(release)
+
+
+def test_another_guards_release_does_not_leave(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    one, two = guard(tmp_path), guard(tmp_path / "other")
+    with pytest.raises(GuardError):
+        two.open(one(picture()))
+
+
+def test_a_release_that_is_gone_frees_its_place_and_never_vouches_for_another(tmp_path: Path) -> None:
+    door = guard(tmp_path)
+    for seed in range(50):
+        door(picture(seed))
+    gc.collect()
+    assert not door._made
+
+
+def test_past_the_policy_nothing_is_released(tmp_path: Path) -> None:
+    door = guard(tmp_path, Policy(max_releases=2, min_alpha=0.3))
+    for _ in range(2):
+        door(picture())
+    with pytest.raises(LedgerError):
+        door(picture())
+    with pytest.raises(LedgerError):
+        door([picture(1), picture()])  # one of them is past it: none leaves
+    assert door.ledger.totals().records == 1
+    with pytest.raises(LedgerError):
+        door(picture(2), 0.2)
+    with pytest.raises(AlphaError):
+        door(picture(2), 1.0)
+
+
+def test_bits_compose_as_the_noise_does(tmp_path: Path) -> None:
+    shape = protected().obfuscator.shape
+    sites = shape.coded((SIDE, SIDE))
+    once = float(protected().obfuscator.bits_per_record(0.8, sites)[0])
+    for noise, name in ((Fresh(), "fresh"), (Keyed(KEY), "keyed")):
+        (tmp_path / name).mkdir()
+        door = guard(tmp_path / name, noise=noise)
+        for _ in range(4):
+            door(picture())
+        more = float(protected().obfuscator.bits_per_record(0.8, sites, releases=4)[0])
+        assert door.ledger.totals().largest_bits == pytest.approx(once if name == "keyed" else more, rel=1e-4)
+    near = np.kron(picture(), np.ones((4, 4, 1), np.uint8))
+    (tmp_path / "near").mkdir()
+    door = guard(tmp_path / "near", noise=Keyed(KEY))
+    for place in range(4):  # near-duplicates: a bit of each is another
+        other = near.copy()
+        other[place, 0, 0] ^= 1
+        door(other)
+    found = door.ledger.totals()
+    many = protected().obfuscator.bits_per_record(0.8, shape.coded(near.shape[:2]), releases=4 / 2.5)[0]
+    assert found.records == 1 and found.largest_bits == pytest.approx(float(many), rel=1e-4)
+
+
+def test_frames_of_a_still_scene_are_one_release_in_the_ledger(tmp_path: Path, recorder: Recorder) -> None:
+    door = guard(tmp_path, Policy(max_bits_per_record=4000))
+    frames, link = door.session(0.8), client(recorder, door)
+    for _ in range(20):
+        link(frames(picture()))
+    found = door.ledger.totals()
+    assert (found.records, found.releases, len(recorder.bodies)) == (1, 20, 20)
+    assert len(set(recorder.bodies)) == 1 and found.largest_bits < 2 * 16 * 9 * 7.5 * 0.2 + 100
+    with pytest.raises(LedgerError):
+        _ = [frames(picture(seed)) for seed in range(1, 99)]
+
+
+@pytest.mark.parametrize("status", [302, 500])
+def test_a_server_that_does_not_answer_well_is_an_error(tmp_path: Path, recorder: Recorder, status: int) -> None:
+    door = guard(tmp_path)
+    recorder.status = status
+    with pytest.raises(SfumatoError):
+        client(recorder, door)(door(picture()))
+    assert len(recorder.bodies) == 1  # no redirect was followed
+
+
+@pytest.mark.parametrize("url", ["http://example.org/x", "ftp://127.0.0.1/x", "file:///x", "127.0.0.1", "https:///x"])
+def test_addresses_that_would_show_the_release_are_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(RequestError):
+        Client(url, guard(tmp_path))
+
+
+def test_no_server_is_an_error_that_names_no_content(tmp_path: Path, recorder: Recorder) -> None:
+    door = guard(tmp_path)
+    link = client(recorder, door)
+    recorder.shutdown()
+    recorder.server_close()
+    with pytest.raises(SfumatoError, match="did not arrive"):
+        link(door(picture()))
+
+
+def test_a_short_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError):
+        Guard(protected(), Ledger(tmp_path / "ledger.db"), b"short")
