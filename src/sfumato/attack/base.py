@@ -6,7 +6,7 @@ people, that it never saw. `register` adds one's own attacker to every audit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato.core import channel
 from sfumato.core.sites import fold
-from sfumato.trusted.noise import Keyed
+from sfumato.trusted.noise import Fresh, Keyed
 from sfumato.trusted.protect import Protected
 
 # An attacker had converged if its last quarter of training added no more than a tenth of what it has over no
@@ -113,7 +113,9 @@ class Releases:
     def _estimate(self, y: Tensor, sites: Tensor) -> Tensor:
         a = channel.as_alpha(self.alpha, len(y), y.device)
         size = (sites.shape[2], sites.shape[3])
-        return self.protected.obfuscator.estimate(y, a, size, releases=self.repeats)
+        # Keyed releases of one record are one: their mean has all of its noise.
+        worth = 1 if isinstance(self.protected.noise, Keyed) else self.repeats
+        return self.protected.obfuscator.estimate(y, a, size, releases=worth)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +224,13 @@ def standardised(tap: Tap, prey: Prey, rows: np.ndarray) -> Callable[[Tensor], T
     seen = tap.see(prey.cut(rows[:64])).transpose(0, 1).flatten(1)
     mean, std = seen.mean(1)[:, None, None], seen.std(1).clamp_min(1e-6)[:, None, None]
     return lambda z: ((tap.see(z) - mean) / std).clone()
+
+
+def learnable(tap: Tap) -> Tap:
+    """What an attacker can make as much of as he likes: without the tenant's key, releases under fresh noise."""
+    if isinstance(tap, Releases) and isinstance(tap.protected.noise, Keyed):
+        return replace(tap, protected=tap.protected.with_noise(Fresh()), repeats=1)
+    return tap
 
 
 def batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sfumato.attack.base import Effort, Outcome, Prey, Tap, batches, standardised
+from sfumato.attack.base import Effort, Outcome, Prey, Tap, batches, learnable, standardised
 from sfumato.attack.recogniser import Recogniser, verification
 
 _EMBEDDING = 128
@@ -76,20 +76,20 @@ class Linkage:
         """Figures auc, tar at far 1e-2 and 1e-3, rank-1; chance beside them."""
         assert prey.people is not None
         torch.manual_seed(prey.seed)
-        see = standardised(tap, prey, prey.train)
+        see, met = standardised(learnable(tap), prey, prey.train), standardised(tap, prey, prey.train)
         targets, numbers = self._targets(prey)
         held, rows = _held_out(prey)
         model, curve = _fit(prey, see, targets, numbers, effort, self.width, held, rows)
         wanted = targets(torch.from_numpy(numbers)).detach().numpy()
         linear = _Linear(see, prey, rows, held, wanted)
 
-        def embedded(rows: np.ndarray) -> list[np.ndarray]:
+        def embedded(see: Callable[[Tensor], Tensor], rows: np.ndarray) -> list[np.ndarray]:
             ways = [_embed(model, see, prey, rows), linear(see, prey, rows)]
             return [*ways, np.concatenate(ways, 1) / np.sqrt(2)]
 
         tested = prey.test[: effort.tested]
-        reached = [verification(e, prey.people[held]).get("auc", 0.5) for e in embedded(held)]
-        figures = verification(embedded(tested)[int(np.argmax(reached))], prey.people[tested])
+        reached = [verification(e, prey.people[held]).get("auc", 0.5) for e in embedded(see, held)]
+        figures = verification(embedded(met, tested)[int(np.argmax(reached))], prey.people[tested])
         return Outcome(self.name, tap.name, tap.alpha, figures, dict(ANCHORS), curve)
 
     def _targets(self, prey: Prey) -> tuple[nn.Embedding, np.ndarray]:

@@ -23,7 +23,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sfumato.attack.base import Effort, Outcome, Prey, Tap, batches, held_out, standardised
+from sfumato.attack.base import Effort, Outcome, Prey, Tap, batches, held_out, learnable, standardised
 from sfumato.attack.recogniser import Recogniser, verification
 
 _RIDGES = (1e-6, 1e-4, 1e-2)  # relative to the features' mean power; the best on held-out training rows is taken
@@ -82,10 +82,10 @@ class Reconstruction:
     def attack(self, prey: Prey, tap: Tap, effort: Effort) -> Outcome:
         """Figures psnr and ssim; auc and tar of the recogniser on reconstructions where there is one."""
         torch.manual_seed(prey.seed)
-        see, tested = standardised(tap, prey, prey.train), prey.test[: effort.tested]
+        see, tested = standardised(learnable(tap), prey, prey.train), prey.test[: effort.tested]
         fits = [_fit(prey, see, widths, effort) for widths in self.capacities]
         decoder, curve = max(fits, key=lambda fit: max(fit[1]))
-        pictures = _decode(decoder, see, prey, tested)
+        pictures = _decode(decoder, standardised(tap, prey, prey.train), prey, tested)
         figures = score(pictures, prey.pictures[tested])
         anchor = prey.pictures[prey.train].mean(0).round().astype(np.uint8)
         anchors = score(np.broadcast_to(anchor, pictures.shape), prey.pictures[tested])

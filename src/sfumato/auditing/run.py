@@ -346,6 +346,7 @@ class _Run:
             "tested on": min(len(prey.test), self.effort.tested),
             "steps an attacker": self.effort.steps,
             "records a step": self.effort.batch,
+            "noise": type(self.protected.noise).__name__.lower(),
             "decoder widths": f"{SMALL} and {LARGE}",
             "input": self.size,
             "seed": self.seed,

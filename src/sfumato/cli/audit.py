@@ -1,11 +1,20 @@
 """`sfumato audit`: attackers trained against an artefact, and a verdict."""
 
+import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sfumato.cli.common import Device, Quiet, TailOption, Weights, load, note, work_folder, writable
+
+
+class Noise(StrEnum):
+    """Modes of `trusted.noise`."""
+
+    FRESH = "fresh"
+    KEYED = "keyed"
 
 
 def audit(
@@ -17,6 +26,10 @@ def audit(
     tail: TailOption = None,
     alpha: Annotated[list[float] | None, typer.Option(help="Alpha under attack; may be given again.")] = None,
     budget: Annotated[str, typer.Option(help="quick (minutes) or full (hours, with baselines).")] = "quick",
+    noise: Annotated[
+        Noise,
+        typer.Option(help="Attack releases under fresh noise, or under noise keyed to the record."),
+    ] = Noise.FRESH,
     recogniser: Annotated[
         Path | None,
         typer.Option(help="Face recogniser as ONNX, [1, 3, 112, 112]: makes the identity attackers stronger."),
@@ -45,6 +58,7 @@ def audit(
     from sfumato.auditing.verdict import limits_of
     from sfumato.core.errors import OutputError
     from sfumato.core.files import write_bytes
+    from sfumato.trusted.noise import Keyed
 
     limits = limits_of(fail_above or [])
     writable(html)
@@ -53,6 +67,8 @@ def audit(
     if place is None:
         raise OutputError("no cache folder can be written", wanted="a place for work in progress", do="--work FOLDER")
     protected = load(artefact, weights, tail, (SIZE, SIZE), Device.CPU)
+    if noise is Noise.KEYED:
+        protected = protected.with_noise(Keyed(os.urandom(32)))
     chosen = tuple(dict.fromkeys(alpha or (0.8, 0.95)))
     result = run(
         protected, data, alphas=chosen, budget=budget, recogniser=recogniser, work=place, seed=seed, limits=limits,
