@@ -1,9 +1,13 @@
 """Noise is fresh per record, call and process, standard normal, and exactly what the docstring derives."""
 
+import copy
 import inspect
 import math
 import os
+import pickle
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -107,6 +111,21 @@ def test_forked_processes_repeat_nothing() -> None:
         os.waitpid(child, 0)
         seen.add(fresh.normals(1, (16,)).numpy().tobytes())
     assert len(seen) == 9 and {len(block) for block in seen} == {64}
+
+
+def test_threads_processes_and_pickled_copies_repeat_nothing() -> None:
+    fresh = Fresh()
+    with ThreadPoolExecutor(8) as pool:
+        seen = {block.numpy().tobytes() for block in pool.map(lambda _: fresh.normals(1, (16,)), range(200))}
+    copies = [pickle.loads(pickle.dumps(fresh)) for _ in range(3)] + [copy.deepcopy(fresh) for _ in range(3)]
+    seen |= {one.normals(1, (16,)).numpy().tobytes() for one in copies}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        seen |= set(pool.map(_block, range(4)))
+    assert len(seen) == 210
+
+
+def _block(_: int) -> bytes:
+    return Fresh().normals(1, (16,)).numpy().tobytes()
 
 
 def test_nothing_lets_a_caller_choose_the_noise() -> None:
