@@ -22,6 +22,7 @@ SRC = Path(sfumato.__file__).resolve().parent.parent
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
+    "pkcs11": "python-pkcs11",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
 }

@@ -4,6 +4,7 @@ import math
 import random as python_random
 import re
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from sfumato.attack import reuse
 from sfumato.attack.base import QUICK, Attacker, Clean, Outcome, Prey, Releases
 from sfumato.attack.reuse import Reuse
+from sfumato.core import channel
 from sfumato.core.obfuscator import Obfuscator, Shape
 from sfumato.core.release import Release
 from sfumato.tasks.classification import Classification
@@ -143,8 +145,8 @@ class PicklesItsState(Stateful):
 class Stray(Protected):
     """The channel without bits carries a picture nobody counts."""
 
-    def obfuscate(self, z: Tensor, alpha: object = 0.8) -> Release:
-        honest = super().obfuscate(z, alpha)  # type: ignore[arg-type]
+    def obfuscate(self, z: Tensor, alpha: channel.Alpha = 0.8, **rest: Any) -> Release:
+        honest = super().obfuscate(z, alpha)
         honest.tensor[:, -1] = z[:, 0].mul(20).clamp(-127, 127).to(torch.int8)
         return honest
 
@@ -161,27 +163,27 @@ class SilentChannel:
 class AlphaIgnored(Protected):
     """And says so."""
 
-    def obfuscate(self, z: Tensor, alpha: object = 0.8) -> Release:
+    def obfuscate(self, z: Tensor, alpha: channel.Alpha = 0.8, **rest: Any) -> Release:
         return super().obfuscate(z, 0.0)
 
 
 class AlphaIgnoredInSilence(Protected):
-    def obfuscate(self, z: Tensor, alpha: object = 0.8) -> Release:
-        honest, zero = super().obfuscate(z, alpha), super().obfuscate(z, 0.0)  # type: ignore[arg-type]
+    def obfuscate(self, z: Tensor, alpha: channel.Alpha = 0.8, **rest: Any) -> Release:
+        honest, zero = super().obfuscate(z, alpha), super().obfuscate(z, 0.0)
         return Release(zero.tensor, honest.alpha, honest.digest, honest.bits)
 
 
 class GainTooLarge(Protected):
-    def obfuscate(self, z: Tensor, alpha: object = 0.8) -> Release:
-        honest, a = super().obfuscate(z, alpha), torch.full((len(z),), float(str(alpha)))  # type: ignore[arg-type]
-        eps = self.noise.normals(len(z), (*z.shape[2:], SHAPE.k)).permute(0, 3, 1, 2)
+    def obfuscate(self, z: Tensor, alpha: channel.Alpha = 0.8, **rest: Any) -> Release:
+        honest, a = super().obfuscate(z, alpha), torch.full((len(z),), float(str(alpha)))
+        eps = Fresh().normals(len(z), (*z.shape[2:], SHAPE.k)).permute(0, 3, 1, 2)
         more = eps + 0.5 * self.obfuscator(z, a, torch.zeros_like(eps))
         return Release(self.obfuscator.codes(z, a, more), honest.alpha, honest.digest, honest.bits)
 
 
 class BitsUnderstated(Protected):
-    def obfuscate(self, z: Tensor, alpha: object = 0.8) -> Release:
-        honest = super().obfuscate(z, alpha)  # type: ignore[arg-type]
+    def obfuscate(self, z: Tensor, alpha: channel.Alpha = 0.8, **rest: Any) -> Release:
+        honest = super().obfuscate(z, alpha)
         return Release(honest.tensor, honest.alpha, honest.digest, honest.bits / 2)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sfumato import __version__
+from sfumato.cli import bench
 from sfumato.cli.audit import audit
 from sfumato.cli.common import examples, guarded
 from sfumato.cli.demo import demo
@@ -15,6 +16,7 @@ from sfumato.cli.detect import detect
 from sfumato.cli.doctor import doctor
 from sfumato.cli.fit import fit
 from sfumato.cli.key import key
+from sfumato.cli.ledger import ledger
 from sfumato.cli.measure import measure
 
 app = typer.Typer(
@@ -50,7 +52,21 @@ app.command(
     )
 )(guarded(audit))
 app.command(epilog=examples("sfumato key tenant.key"))(guarded(key, resume=_AGAIN))
+app.command(
+    epilog=examples("sfumato ledger ledger.db", "sfumato ledger ledger.db --photograph ward.jpg --key tenant.key")
+)(guarded(ledger, resume=_AGAIN))
 app.command(epilog=examples("sfumato doctor --dataset FDDB"))(guarded(doctor, resume=_AGAIN))
+
+benches = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help=bench.__doc__, epilog=examples("sfumato bench obfuscate")
+)
+benches.command(
+    epilog=examples("sfumato bench obfuscate --threads 1", "sfumato bench obfuscate --stream 10000 --json step.json")
+)(guarded(bench.obfuscate, resume=_AGAIN))
+benches.command(epilog=examples("sfumato bench pipeline --data photographs"))(guarded(bench.pipeline, resume=_AGAIN))
+benches.command(epilog=examples("sfumato bench wire --alpha 0.4 --alpha 0.8"))(guarded(bench.wire, resume=_AGAIN))
+benches.command(epilog=examples("sfumato bench fit --steps 10"))(guarded(bench.fit, resume=_AGAIN))
+app.add_typer(benches, name="bench")
 
 
 def _version(asked: bool) -> None:

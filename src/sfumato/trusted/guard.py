@@ -27,8 +27,6 @@ from sfumato.trusted.noise import SHARED, Keyed
 from sfumato.trusted.protect import Protected
 from sfumato.trusted.session import Session
 
-_CODE = 16
-
 
 class Guard:
     """Releases of `protected`, every one counted in `ledger` under a code of its record, hashed with `key`.
@@ -56,7 +54,7 @@ class Guard:
         alphas = release.alpha.tolist()
         entries = [
             Entry(
-                record=record.keyed(self._key, "sfumato ledger", record.coarse(one))[:_CODE],
+                record=record.named(self._key, one),
                 draw=self._draw(one, value),
                 artefact=release.digest,
                 alpha=value,
@@ -70,12 +68,12 @@ class Guard:
 
     def session(self, alpha: float = 0.8) -> Callable[[Image], Release]:
         """For the frames of one camera: `Session`, with the scene as one record of the ledger. Raises as a call."""
-        session, scene = Session(self.protected, alpha), os.urandom(_CODE)
+        session, scene = Session(self.protected, alpha), os.urandom(record.CODE_BYTES)
 
         def frame(image: Image) -> Release:
             release = session(image)
             told = session.bits
-            entry = Entry(scene, os.urandom(_CODE), release.digest, session.alpha, 0, lambda _: told)
+            entry = Entry(scene, os.urandom(record.CODE_BYTES), release.digest, session.alpha, 0, lambda _: told)
             self.ledger.enter([entry])
             return self._known(release)
 
@@ -103,7 +101,11 @@ class Guard:
 
     def _draw(self, one: Image, alpha: float) -> bytes:
         noise = self.protected.noise
-        return noise.of(one, self.protected.digest, alpha).draw if isinstance(noise, Keyed) else os.urandom(_CODE)
+        return (
+            noise.of(one, self.protected.digest, alpha).draw
+            if isinstance(noise, Keyed)
+            else os.urandom(record.CODE_BYTES)
+        )
 
     def _composed(self, alpha: float, sites: int, releases: int) -> float:
         """Bits of K releases of one record: under keyed noise of near-duplicates, which share some of it."""

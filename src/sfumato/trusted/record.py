@@ -37,6 +37,11 @@ def coarse(record: NDArray[np.generic]) -> bytes:
     return (means / CELL).astype(np.uint8).tobytes()
 
 
+def named(key: bytes, record: NDArray[np.generic]) -> bytes:
+    """16 bytes that name the record, and its near-duplicates, in a ledger whose guard has `key`."""
+    return keyed(key, "sfumato ledger", coarse(record))[:CODE_BYTES]
+
+
 def keyed(key: bytes, purpose: str, *parts: bytes) -> bytes:
     """32 bytes: keyed BLAKE2b of the parts, each with its length, in a domain of its own per purpose (16 letters)."""
     hashed = hashlib.blake2b(key=key, digest_size=32, person=purpose.encode())
