@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.fft import dctn
 
-from sfumato.core.blocks import sites_of, spectrum
+from sfumato.core.blocks import Part, sites_of, spectrum
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -42,3 +42,20 @@ def test_memory_order_does_not_matter() -> None:
     u = random(2, 3, 8, 16)
     turned = u.to(memory_format=torch.channels_last)
     assert torch.equal(spectrum(u, 4), spectrum(turned, 4))
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    side=st.sampled_from([1, 2, 3, 8]), size=st.tuples(st.integers(1, 20), st.integers(1, 20)), data=st.data(),
+)  # fmt: skip
+def test_a_part_is_some_of_the_whole(side: int, size: tuple[int, int], data: st.DataObject) -> None:
+    numbers = torch.tensor(sorted(data.draw(st.sets(st.integers(0, 3 * side**2 - 1), min_size=1))))
+    u, part = random(2, 3, *size), Part(numbers, side)
+    live = sorted({int(n) // side**2 for n in numbers})
+    assert part.channels.tolist() == live
+    some = part.spectrum(u.permute(0, 2, 3, 1)[..., live])
+    torch.testing.assert_close(some, spectrum(u, side)[:, numbers].permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+    alone = torch.zeros_like(spectrum(u, side))
+    alone[:, numbers] = some.permute(0, 3, 1, 2)
+    want = sites_of(alone, side, size)[:, live].permute(0, 2, 3, 1)
+    torch.testing.assert_close(part.sites_of(some, size), want, rtol=1e-5, atol=1e-5)

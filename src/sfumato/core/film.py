@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 _WIDTH = 32
+Weights = tuple[Tensor, Tensor]
 
 
 class Film(nn.Module):
@@ -26,3 +27,11 @@ class Film(nn.Module):
         scale, shift = self.modulation(alpha)
         modulated: Tensor = torch.addcmul(shift[:, :, None, None], x, 1 + scale[:, :, None, None])
         return modulated
+
+
+def modulated(layer: nn.Conv2d, film: Film, alpha: Tensor) -> Weights:
+    """Weight and bias of the one convolution that is `film` after `layer`, at one alpha [1]."""
+    assert layer.bias is not None
+    scale, shift = film.modulation(alpha)
+    weight = layer.weight * (1 + scale[0, :, None, None, None])
+    return weight.contiguous(memory_format=torch.channels_last), layer.bias * (1 + scale[0]) + shift[0]

@@ -9,6 +9,9 @@ from sfumato.core.errors import ReleaseError
 from sfumato.core.release import Release
 from sfumato.core.restorer import Restorer
 from sfumato.core.sites import unfold
+from sfumato.outside.fused import Fused
+
+_KEPT = 64  # alphas whose weights are kept
 
 
 class Outside(nn.Module):
@@ -18,6 +21,7 @@ class Outside(nn.Module):
         super().__init__()
         self.restorer, self.tail, self.digest = restorer, tail, digest
         self.eval().requires_grad_(requires_grad=False)
+        self._fused: dict[tuple[float, torch.device], Fused] = {}
 
     @torch.inference_mode()
     def forward(self, release: Release) -> Any:
@@ -38,5 +42,18 @@ class Outside(nn.Module):
             )
         device = self.restorer.mean.device
         codes = codes.to(device, memory_format=torch.channels_last)
-        restored = self.restorer.restore(codes, release.alpha.to(device), release.sites)
+        fused = [self._at(alpha, device) for alpha in release.alpha.tolist()]
+        if all(one is fused[0] for one in fused):
+            restored = fused[0](codes, release.sites)
+        else:
+            alone = zip(fused, codes.split(1), strict=True)
+            restored = torch.cat([one(record, release.sites) for one, record in alone])
         return self.tail(unfold(restored, release.ndim))
+
+    def _at(self, alpha: float, device: torch.device) -> Fused:
+        key = (alpha, device)
+        if key not in self._fused:
+            if len(self._fused) >= _KEPT:
+                self._fused.clear()
+            self._fused[key] = Fused(self.restorer, alpha)
+        return self._fused[key]

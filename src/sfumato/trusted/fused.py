@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.core import channel
-from sfumato.core.blocks import spectrum
-from sfumato.core.film import Film
+from sfumato.core.blocks import Part
+from sfumato.core.film import Weights, modulated
 from sfumato.core.obfuscator import Obfuscator
 
 Normals = Callable[[int, tuple[int, ...]], Tensor]
@@ -35,12 +35,17 @@ class Fused:
         self.inner = scale / shape.bound
         self.peak = channel.gain(bits, shape.bound)[0, self.carrying] * shape.bound / width
         self.per_code = 1 / width
-        context = obfuscator.context
-        self.enter = _normalised([obfuscator.linear, context.enter], obfuscator.mean, obfuscator.std)
-        self.near = _modulated(context.near, context.near_film, a)
+        context, self.part = obfuscator.context, Part(self.carrying, shape.block)
+        live = self.part.channels  # the others are not computed either
+        self.enter = _normalised(context.enter, obfuscator.mean, obfuscator.std)
+        linear, bias = _normalised(obfuscator.linear, obfuscator.mean, obfuscator.std)
+        self.linear = linear[live, :, 0, 0].T.contiguous()
+        self.leave = context.leave.weight[live, :, 0, 0].T.contiguous()
+        assert context.leave.bias is not None
+        self.bias = (bias + context.leave.bias)[live]
+        self.near = modulated(context.near, context.near_film, a)
         self.between = _plain(context.between)
-        self.far = _modulated(context.far, context.far_film, a)
-        self.leave = _plain(context.leave)
+        self.far = modulated(context.far, context.far_film, a)
 
     def __call__(self, z: Tensor, normals: Normals) -> Tensor:
         """z [N, C, h, w] -> codes int8 [N, k s^2, H, W]; normals(records, shape) gives as many as there are to send."""
@@ -51,13 +56,12 @@ class Fused:
     def signal(self, z: Tensor) -> Tensor:
         """z [N, C, h, w] -> g b / step [N, H, W, channels that carry bits]."""
         m = self.shape.context
-        both = F.conv2d(z, *self.enter)
-        h = both[:, self.shape.k :].contiguous(memory_format=torch.channels_last).relu_()
+        h = F.conv2d(z, *self.enter).relu_()
         h = F.conv2d(h, *self.near, padding=2, groups=m).relu_()
         h = F.conv2d(h, *self.between).relu_()
         h = F.conv2d(h, *self.far, padding=2, groups=m).relu_()
-        sites = F.conv2d(h, *self.leave).add_(both[:, : self.shape.k]).nan_to_num_()
-        u = spectrum(sites, self.shape.block).permute(0, 2, 3, 1).index_select(3, self.carrying)
+        sites = torch.addmm(self.bias, _rows(z), self.linear).addmm_(_rows(h), self.leave).nan_to_num_()
+        u = self.part.spectrum(sites.view(len(z), *z.shape[2:], -1))
         return u.mul_(self.inner).nan_to_num_().tanh_().mul_(self.peak)
 
     def placed(self, y: Tensor) -> Tensor:
@@ -68,23 +72,18 @@ class Fused:
         return codes.permute(0, 3, 1, 2)
 
 
-Weights = tuple[Tensor, Tensor]
-
-
 def _plain(layer: nn.Conv2d) -> Weights:
     assert layer.bias is not None
     return layer.weight.contiguous(memory_format=torch.channels_last), layer.bias
 
 
-def _normalised(layers: list[nn.Conv2d], mean: Tensor, std: Tensor) -> Weights:
-    """1x1 convolutions of (z - mean) / std side by side, as one of z."""
-    weight = torch.cat([layer.weight for layer in layers]) / std[:, None, None]
-    bias = torch.cat([layer.bias for layer in layers if layer.bias is not None]) - weight[:, :, 0, 0] @ mean
-    return weight.contiguous(memory_format=torch.channels_last), bias
+def _rows(x: Tensor) -> Tensor:
+    """[N, C, h, w] -> [N h w, C], a view of channels-last memory."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _modulated(layer: nn.Conv2d, film: Film, alpha: Tensor) -> Weights:
-    """A convolution and what `film` makes of it at alpha, as one convolution."""
-    weight, bias = _plain(layer)
-    scale, shift = film.modulation(alpha)
-    return weight * (1 + scale[0, :, None, None, None]), bias * (1 + scale[0]) + shift[0]
+def _normalised(layer: nn.Conv2d, mean: Tensor, std: Tensor) -> Weights:
+    """A 1x1 convolution of (z - mean) / std, as one of z."""
+    assert layer.bias is not None
+    weight = layer.weight / std[:, None, None]
+    return weight.contiguous(memory_format=torch.channels_last), layer.bias - weight[:, :, 0, 0] @ mean
