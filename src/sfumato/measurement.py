@@ -244,11 +244,12 @@ def _score(
     first = next((i for i, (alpha, _) in enumerate(arms) if alpha is None), 0)
     rules = cross_fit(by_arm[first], truths) if len(truths) > 1 else None
     z = protected.cut([images.read(sample.path)])
+    repeatable = protected.with_noise(Seeded(0))  # sizes are of the noise too: codes may all round to 0
     rows = []
     for (alpha, seed), found in zip(tqdm(arms, "predicting ... ", disable=quiet), by_arm, strict=True):
         plain = fold_precision(found, truths)
         moved = fold_precision(found, truths, conventions=rules) if rules else plain
-        release = protected.obfuscate(z, alpha) if alpha is not None else None
+        release = repeatable.obfuscate(z, alpha) if alpha is not None else None
         bits = float(release.bits[0]) / math.prod(release.sites) if release else float("inf")
         rows.append(Arm(alpha, seed, plain, moved, bits, release.nbytes if release else z.numel() * 4))
     return rows

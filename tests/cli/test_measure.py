@@ -108,7 +108,7 @@ def test_a_sweep_is_the_report_s_table(measure: Cli, tmp_path: Path) -> None:
     assert [row[0] for row in table] == names
     for row, theirs in zip(table, TR_4928.values(), strict=True):
         assert f"{theirs:.4f}" in row
-    assert table[6][-2:] == ["12.80", "4.2"]
+    assert table[6][-2:] == ["12.80", "1.7"]
     assert "+0.0496" in table[6]
     assert "NOT FDDB" in ran.out
 
