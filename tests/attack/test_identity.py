@@ -48,6 +48,23 @@ def test_linkage_finds_people_it_never_saw_and_chance_where_nothing_is_sent() ->
     assert len(clean.curve) > 3
 
 
+@pytest.mark.parametrize(("middle", "scene"), [(True, False), (False, True)])
+def test_linkage_tells_a_face_in_the_middle_from_the_scene_around_it(middle: bool, scene: bool) -> None:
+    draw = np.random.default_rng(0)
+    people = np.repeat(np.arange(60), 4)
+    z = draw.standard_normal((240, 3, 8, 8)).astype(np.float16)
+    known = draw.standard_normal((60, 3, 8, 8)).astype(np.float16)[people]
+    inside = np.zeros((8, 8), bool)
+    inside[2:6, 2:6] = True
+    where = inside if middle else ~inside
+    z[..., where] = known[..., where] + 0.1 * z[..., where]
+    train, test = np.arange(168), np.arange(168, 240)
+    hunted = Prey(z, np.zeros((240, 16, 16, 3), np.uint8), people, train, test)
+    found = Linkage(width=8).attack(hunted, Clean(), Effort(steps=4, batch=8, tested=72, quiet=True)).figures
+    assert found["auc"] > 0.75
+    assert (found["auc without the middle"] > 0.75) == scene
+
+
 def test_linkage_needs_people() -> None:
     hunted = prey(protected())
     unknown = Prey(hunted.z, hunted.pictures, None, hunted.train, hunted.test)
