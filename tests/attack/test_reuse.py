@@ -370,16 +370,16 @@ def test_keyed_noise_that_keeps_its_promise_is_not_caught(alpha: float) -> None:
 class Forgetful(Keyed):
     """Another epoch at every call."""
 
-    def of(self, one: NDArray[np.generic], artefact: str, alpha: float) -> OfRecord:
+    def of(self, one: NDArray[np.generic], artefact: str, alpha: float, way: str = "") -> OfRecord:
         self.epoch += 1
-        return super().of(one, artefact, alpha)
+        return super().of(one, artefact, alpha, way)
 
 
 class Careless(Keyed):
     """The same noise whatever the record is."""
 
-    def of(self, one: NDArray[np.generic], artefact: str, alpha: float) -> OfRecord:
-        return super().of(np.zeros(1), artefact, alpha)
+    def of(self, one: NDArray[np.generic], artefact: str, alpha: float, way: str = "") -> OfRecord:
+        return super().of(np.zeros(1), artefact, alpha, way)
 
 
 @pytest.mark.parametrize(

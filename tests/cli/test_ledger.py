@@ -43,7 +43,8 @@ def test_one_photograph(cli: "Callable[..., Ran]", place: Path) -> None:
 
 
 def test_wrong_requests(cli: "Callable[..., Ran]", place: Path) -> None:
-    assert cli("ledger", place / "absent.db").code == 2 and not (place / "absent.db").exists()
+    for absent in (place / "absent.db", f"sqlite:///{place / 'absent.db'}"):
+        assert cli("ledger", absent).code == 2 and not (place / "absent.db").exists()
     assert cli("ledger", place / "1.png").code == 2
     assert cli("ledger", place / "ledger.db", "--photograph", place / "1.png").code == 2
     assert cli("ledger", place / "ledger.db", "--key", place / "tenant.key").code == 2

@@ -37,6 +37,10 @@ def capacity(reach: float) -> float:
     return min(0.5 * math.log2(1 + reach**2), math.log2(1 + 2 * reach / math.sqrt(2 * math.pi * math.e)))
 
 
+def test_minus_zero_is_zero() -> None:
+    assert not bool(torch.signbit(channel.as_alpha([-0.0, 0.5], 2)).any())
+
+
 @pytest.mark.parametrize("alpha", [0.8, [0.8], torch.tensor(0.8), torch.tensor([0.8]), np.float64(0.8)])
 def test_one_alpha_serves_every_record(alpha: channel.Alpha) -> None:
     got = channel.as_alpha(alpha, 3)

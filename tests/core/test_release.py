@@ -67,6 +67,17 @@ def test_a_mask_that_is_not_of_these_codes_is_refused(mask: int) -> None:
         Release.from_bytes(bytes(data))
 
 
+def test_minus_zero_and_a_code_that_is_never_made_are_refused() -> None:
+    data = bytearray(release(1, 2, 1, 1).to_bytes())
+    for place, byte in ((57, 0x80), (59, 0x80)):
+        other = bytearray(data)
+        other[place] = byte
+        if place == 57:
+            other[54:57] = bytes(3)
+        with pytest.raises(ReleaseError):
+            Release.from_bytes(bytes(other))
+
+
 def test_a_channel_said_to_travel_that_is_empty_is_refused() -> None:
     data = bytearray(release(1, 2, 1, 1).to_bytes())
     assert data[58] == 0b11 and Release.from_bytes(bytes(data))

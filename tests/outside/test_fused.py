@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sfumato.core import channel
+from sfumato.core.errors import ReleaseError
 from sfumato.core.obfuscator import Shape
 from sfumato.core.release import Release
 from sfumato.core.restorer import Restorer
@@ -59,6 +60,14 @@ def test_the_outside_treats_every_record_by_its_own_alpha() -> None:
     release = Release(codes, torch.tensor(alphas), "ab" * 32, torch.zeros(3), 4, 3, (5, 7))
     want = made.restore(codes, torch.tensor(alphas), (5, 7))
     torch.testing.assert_close(outside(release), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("n", "sites"), [(1, (3000, 3000)), (65, (2, 2))])
+def test_few_bytes_do_not_make_much_work(n: int, sites: tuple[int, int]) -> None:
+    codes = torch.zeros(n, 5, 1, 1, dtype=torch.int8).expand(n, 5, *sites)
+    release = Release(codes, torch.linspace(0, 0.9, n), "ab" * 32, torch.zeros(n), 4, 1, sites)
+    with pytest.raises(ReleaseError, match="must not make much work"):
+        Outside(restorer(ALONE), nn.Identity(), "ab" * 32)(release)
 
 
 def test_many_alphas_do_not_fill_the_memory() -> None:

@@ -22,6 +22,7 @@ from sfumato.core.errors import AlphaError, GuardError, LedgerError, RequestErro
 from sfumato.core.obfuscator import Shape
 from sfumato.core.release import Release
 from sfumato.tasks.classification import Classification
+from sfumato.trusted import record
 from sfumato.trusted.client import Client
 from sfumato.trusted.guard import Guard
 from sfumato.trusted.ledger import Ledger, Policy
@@ -46,8 +47,12 @@ def protected(noise: Fresh | Keyed | None = None, digest: str = DIGEST) -> Prote
     return Protected(nn.Identity(), obfuscator(SHAPE), Pictures(), digest, noise=noise)
 
 
-def guard(place: Path, policy: Policy | None = None, noise: Fresh | Keyed | None = None) -> Guard:
-    return Guard(protected(noise), Ledger(place / "ledger.db", policy or Policy()), KEY)
+def guard(
+    place: Path, policy: Policy | None = None, noise: Fresh | Keyed | None = None, task: Classification | None = None
+) -> Guard:
+    made = protected(noise)
+    made.task = task or made.task
+    return Guard(made, Ledger(place / "ledger.db", policy or Policy()), KEY)
 
 
 def picture(seed: int = 0) -> NDArray[np.uint8]:
@@ -232,7 +237,7 @@ def test_bits_compose_as_the_noise_does(tmp_path: Path) -> None:
 
 def test_frames_of_a_still_scene_are_one_release_in_the_ledger(tmp_path: Path, recorder: Recorder) -> None:
     door = guard(tmp_path, Policy(max_bits_per_record=4000))
-    frames, link = door.session(0.8), client(recorder, door)
+    frames, link = door.session("door", 0.8), client(recorder, door)
     for _ in range(20):
         link(frames(picture()))
     found = door.ledger.totals()
@@ -240,6 +245,64 @@ def test_frames_of_a_still_scene_are_one_release_in_the_ledger(tmp_path: Path, r
     assert len(set(recorder.bodies)) == 1 and found.largest_bits < 2 * 16 * 9 * 7.5 * 0.2 + 100
     with pytest.raises(LedgerError):
         _ = [frames(picture(seed)) for seed in range(1, 99)]
+
+
+def shared(one: Release, two: Release) -> float:
+    """Correlation of two releases' codes where both send something."""
+    a, b = one.tensor.flatten().double(), two.tensor.flatten().double()
+    both = (a != 0) & (b != 0)
+    return float(np.corrcoef(a[both], b[both])[0, 1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown(Pictures):
+    """Shows so many rows of a picture to the model, brighter or not."""
+
+    rows: int = SIDE
+    times: float = 1.0
+
+    def preprocess(self, record: NDArray[np.uint8]) -> torch.Tensor:
+        return super().preprocess(record)[:, : self.rows] * self.times
+
+
+def test_keyed_noise_is_other_noise_where_the_signal_is_another(tmp_path: Path) -> None:
+    tasks = (Shown(), Shown(rows=SIDE - 1), Shown(times=0.5))  # 12 and 11 rows of sites are 4 rows of blocks alike
+    one, fewer, darker = (guard(tmp_path, noise=Keyed(KEY), task=task)(picture(), 0.95) for task in tasks)
+    assert one.tensor.shape == fewer.tensor.shape
+    assert max(abs(shared(one, fewer)), abs(shared(one, darker))) < 0.5
+    again = guard(tmp_path, noise=Keyed(KEY), task=Shown())(picture(), 0.95)
+    assert torch.equal(again.tensor, one.tensor)
+
+
+def test_what_a_record_let_out_in_several_ways_adds_up_and_never_falls(tmp_path: Path) -> None:
+    name = record.named(KEY, picture())
+    before, sum_of = 0.0, 0.0
+    keys: list[Fresh | Keyed] = [Fresh(), Keyed(KEY), Keyed(bytes(reversed(KEY))), Fresh()]
+    for noise, task in zip(keys, (Shown(), Shown(), Shown(), Shown(rows=3)), strict=True):
+        door = guard(tmp_path, noise=noise, task=task)
+        release = door(picture())
+        sum_of += float(release.bits[0])
+        found = door.ledger.exposure(name)
+        assert found.bits > before
+        before = found.bits
+    assert before == pytest.approx(sum_of, rel=1e-4)  # four independent releases
+    guard(tmp_path, noise=Keyed(KEY), task=Shown())(picture())
+    assert door.ledger.exposure(name).bits == pytest.approx(sum_of, rel=1e-4)  # one that had left already
+
+
+def test_sessions_of_a_camera_add_up_and_of_two_do_not(tmp_path: Path) -> None:
+    door = guard(tmp_path, noise=Keyed(KEY))  # sessions draw fresh noise all the same
+    for _ in range(3):
+        door.session("door")(picture())
+    once = float(door.session("window")(picture()).bits[0])
+    found = door.ledger.totals()
+    assert (found.records, found.releases) == (2, 4)
+    assert found.largest_bits == pytest.approx(3 * once, rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.7, 0.8, 0.9, 0.95])
+def test_the_least_alpha_of_a_policy_is_allowed(tmp_path: Path, alpha: float) -> None:
+    guard(tmp_path, Policy(min_alpha=alpha))(picture(), alpha)
 
 
 @pytest.mark.parametrize("status", [302, 500])
@@ -251,7 +314,17 @@ def test_a_server_that_does_not_answer_well_is_an_error(tmp_path: Path, recorder
     assert len(recorder.bodies) == 1  # no redirect was followed
 
 
-@pytest.mark.parametrize("url", ["http://example.org/x", "ftp://127.0.0.1/x", "file:///x", "127.0.0.1", "https:///x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.org/x",
+        "https://example.org:99999/x",
+        "ftp://127.0.0.1/x",
+        "file:///x",
+        "127.0.0.1",
+        "https:///x",
+    ],
+)
 def test_addresses_that_would_show_the_release_are_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(RequestError):
         Client(url, guard(tmp_path))

@@ -254,7 +254,7 @@ class _Run:
         place = self.work / "figures.json"
         known = json.loads(place.read_text()) if place.exists() else {}
         noise = type(self.protected.noise).__qualname__
-        which = [*what, noise, self.server, self.protected.digest, self.found.digest, self.size, self.seed]
+        which = [*what, noise, _sources(), self.server, self.protected.digest, self.found.digest, self.size, self.seed]
         key = hashlib.sha256(json.dumps(which).encode()).hexdigest()
         if key not in known:
             known[key] = measure()
@@ -371,8 +371,8 @@ def _sized(protected: Protected, size: int) -> Protected:
 @cache
 def _sources() -> str:
     """Digest of the code of attackers and mechanism: an outcome of other code is not reused."""
-    place = Path(str(attack.__file__)).parent
-    files = [*sorted(place.glob("*.py")), *sorted((place.parent / "core").glob("*.py"))]
+    place = Path(str(attack.__file__)).parents[1]
+    files = [path for part in ("attack", "core", "trusted", "outside") for path in sorted((place / part).glob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

@@ -12,7 +12,7 @@ def ledger(
     key: Annotated[str | None, typer.Option(help="The key of its guard: FILE, env:NAME or pkcs11:...")] = None,
 ) -> None:
     """Say how much has left, in releases and in bits; of a photograph where its key is given."""
-    from sfumato.core.errors import LedgerError, RequestError
+    from sfumato.core.errors import RequestError
     from sfumato.datasets import images
     from sfumato.trusted import record
     from sfumato.trusted.keys import tenant_key
@@ -20,13 +20,13 @@ def ledger(
 
     if (photograph is None) != (key is None):
         raise RequestError("a photograph without the key, or a key without a photograph", wanted="both or neither")
-    if "://" not in where and not Path(where).exists():
-        raise LedgerError(f"{where}: no such file", wanted="a ledger that a guard has written")
-    book = Ledger(where)
+    book = Ledger(where, create=False)
     try:
         if photograph is not None and key is not None:
             found = book.exposure(record.named(tenant_key(key), images.read(photograph)))
             typer.echo(f"this photograph, and near-duplicates of it: {found.releases} releases, {found.bits:,.0f} bits")
+            if not found.releases:
+                typer.echo("nothing of it under this key: was it this key that the guard had?")
         all_of_it = book.totals()
     finally:
         book.close()

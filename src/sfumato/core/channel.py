@@ -56,7 +56,7 @@ def as_alpha(alpha: Alpha, records: int, device: torch.device | str = "cpu") -> 
         raise AlphaError(
             f"alpha = {bad[0]:g}", wanted="0 <= alpha < 1, the share of the bits withheld", do="--alpha 0.8"
         )
-    return a.expand(records)
+    return (a + 0.0).expand(records)  # -0 is 0
 
 
 def allocate(w: Tensor, v: Tensor, alpha: Tensor, c_ref: float) -> Tensor:

@@ -85,10 +85,12 @@ class Release:
         if ndim not in (2, 3, 4) or (ndim < 4 and w != 1) or (ndim < 3 and h != 1):
             raise ReleaseError(f"sites {h} x {w} of a cut tensor of {ndim} dimensions", wanted="sites that unfold")
         alpha = torch.from_numpy(np.frombuffer(data, "<f4", n, _HEAD.size).astype(np.float32))
-        if not bool(((alpha >= 0) & (alpha < 1)).all()):
+        if not bool(((alpha >= 0) & (alpha < 1) & ~torch.signbit(alpha)).all()):
             raise ReleaseError("a release whose alpha is outside [0, 1)")
         codes = np.zeros((n, k, rows, columns), np.int8)
         codes[:, filled[:k]] = np.frombuffer(data, np.int8, offset=at).reshape(n, some, rows, columns)
+        if codes.min() < -127:
+            raise ReleaseError("a code of -128", wanted="codes from -127 to 127")
         if some != int(codes.any((0, 2, 3)).sum()):
             raise ReleaseError(
                 "a channel that is said to travel and holds nothing", wanted="none", do="set its bit to 0"

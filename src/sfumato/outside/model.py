@@ -12,6 +12,7 @@ from sfumato.core.sites import unfold
 from sfumato.outside.fused import Fused
 
 _KEPT = 64  # alphas whose weights are kept
+MOST_SITES, MOST_ALPHAS = 2**18, 64  # of one release: 256 frames of 1024 x 1024
 
 
 class Outside(nn.Module):
@@ -40,14 +41,21 @@ class Outside(nn.Module):
                 f"codes {codes.dtype} of shape {list(codes.shape)} for {list(release.sites)} sites",
                 wanted=f"int8 of shape {[want[-2], *want[:3]]}",
             )
+        sites = len(codes) * release.sites[0] * release.sites[1]
+        if sites > MOST_SITES or len(set(release.alpha.tolist())) > MOST_ALPHAS:
+            raise ReleaseError(
+                f"{sites} sites at {len(set(release.alpha.tolist()))} alphas",
+                wanted=f"at most {MOST_SITES} and {MOST_ALPHAS}: few bytes must not make much work",
+                do="send fewer records at once",
+            )
         device = self.restorer.mean.device
         codes = codes.to(device, memory_format=torch.channels_last)
-        fused = [self._at(alpha, device) for alpha in release.alpha.tolist()]
-        if all(one is fused[0] for one in fused):
-            restored = fused[0](codes, release.sites)
+        alphas = release.alpha.tolist()
+        if len(set(alphas)) == 1:
+            restored = self._at(alphas[0], device)(codes, release.sites)
         else:
-            alone = zip(fused, codes.split(1), strict=True)
-            restored = torch.cat([one(record, release.sites) for one, record in alone])
+            alone = zip(alphas, codes.split(1), strict=True)
+            restored = torch.cat([self._at(alpha, device)(record, release.sites) for alpha, record in alone])
         return self.tail(unfold(restored, release.ndim))
 
     def _at(self, alpha: float, device: torch.device) -> Fused:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from sfumato.core.errors import RequestError, SfumatoError
 from sfumato.trusted.guard import Guard
 
+MOST = 2**26  # bytes of an answer: whoever is outside must not fill the memory inside
 MEDIA_TYPE = "application/vnd.sfumato.release"
 
 
@@ -19,10 +20,14 @@ class Client:
     """POSTs what `guard.open` gives to `url`; `answer = client(release)`. Raises RequestError for another URL."""
 
     def __init__(self, url: str, guard: Guard, *, timeout: float = 30.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RequestError(f"the address {url!r}", wanted="https://HOST/PATH")
-        if parts.scheme == "http" and not _here(parts.hostname):
+        try:
+            parts = urlsplit(url)
+            right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            right = False
+        if not right:  # not shown: it may hold a password
+            raise RequestError("an address that is none", wanted="https://HOST/PATH")
+        if parts.scheme == "http" and not _here(parts.hostname or ""):
             raise RequestError(
                 f"http to {parts.hostname}", wanted="https: obfuscation is not encryption", do="https://"
             )
@@ -37,13 +42,15 @@ class Client:
             try:
                 link.request("POST", path, data, {"Content-Type": MEDIA_TYPE})
                 answer = link.getresponse()
-                body = answer.read()
+                body = answer.read(MOST + 1)
             finally:
                 link.close()
         except (OSError, http.client.HTTPException) as error:
             raise SfumatoError(f"{self.url.hostname}: the release did not arrive ({type(error).__name__})") from error
         if answer.status != http.client.OK:
-            raise SfumatoError(f"{self.url.hostname} answered {answer.status} {answer.reason}")
+            raise SfumatoError(f"{self.url.hostname} answered {answer.status}")
+        if len(body) > MOST:
+            raise SfumatoError(f"{self.url.hostname} answered more than {MOST} bytes")
         return body
 
     def _link(self) -> http.client.HTTPConnection:

@@ -23,7 +23,7 @@ from sfumato.core.release import Release
 from sfumato.core.task import Image
 from sfumato.trusted import record
 from sfumato.trusted.ledger import Entry, Ledger
-from sfumato.trusted.noise import SHARED, Keyed
+from sfumato.trusted.noise import SHARED, Fresh, Keyed
 from sfumato.trusted.protect import Protected
 from sfumato.trusted.session import Session
 
@@ -52,13 +52,15 @@ class Guard:
         release = self.protected(records, alpha)
         sites = self.protected.obfuscator.shape.coded(release.sites)
         alphas = release.alpha.tolist()
+        series = self._series(release.sites)
         entries = [
             Entry(
                 record=record.named(self._key, one),
-                draw=self._draw(one, value),
+                draw=self._draw(one, value, release.sites),
                 artefact=release.digest,
                 alpha=value,
                 epoch=self._epoch,
+                series=series,
                 bits_after=lambda k, value=value: self._bits_after(value, sites, k),  # type: ignore[misc]
             )
             for one, value in zip(records, alphas, strict=True)
@@ -66,14 +68,20 @@ class Guard:
         self.ledger.enter(entries)
         return self._known(release)
 
-    def session(self, alpha: float = 0.8) -> Callable[[Image], Release]:
-        """For the frames of one camera: `Session`, with the scene as one record of the ledger. Raises as a call."""
-        session, scene = Session(self.protected, alpha), os.urandom(record.CODE_BYTES)
+    def session(self, camera: str, alpha: float = 0.8) -> Callable[[Image], Release]:
+        """For the frames of one camera: `Session` on fresh noise, with the camera as one record of the ledger.
+
+        Sessions of a camera add up under its name, which the ledger knows by a keyed hash. Raises as a call does.
+        """
+        session = Session(self.protected.with_noise(Fresh()), alpha)
+        scene = record.keyed(self._key, "sfumato camera", camera.encode())[: record.CODE_BYTES]
+        series = os.urandom(8)
 
         def frame(image: Image) -> Release:
             release = session(image)
             told = session.bits
-            entry = Entry(scene, os.urandom(record.CODE_BYTES), release.digest, session.alpha, 0, lambda _: told)
+            draw = os.urandom(record.CODE_BYTES)
+            entry = Entry(scene, draw, release.digest, session.alpha, 0, lambda _: told, series)
             self.ledger.enter([entry])
             return self._known(release)
 
@@ -99,13 +107,17 @@ class Guard:
     def _epoch(self) -> int:
         return self.protected.noise.epoch if isinstance(self.protected.noise, Keyed) else 0
 
-    def _draw(self, one: Image, alpha: float) -> bytes:
+    def _series(self, sites: tuple[int, int]) -> bytes:
+        """What is counted together: one way from record to signal, under one tenant's noise or fresh noise."""
         noise = self.protected.noise
-        return (
-            noise.of(one, self.protected.digest, alpha).draw
-            if isinstance(noise, Keyed)
-            else os.urandom(record.CODE_BYTES)
-        )
+        whose = noise.name if isinstance(noise, Keyed) else b"fresh"
+        return record.keyed(self._key, "sfumato series", self.protected.way(sites).encode(), whose)[:8]
+
+    def _draw(self, one: Image, alpha: float, sites: tuple[int, int]) -> bytes:
+        noise = self.protected.noise
+        if isinstance(noise, Keyed):
+            return noise.of(one, self.protected.digest, alpha, self.protected.way(sites)).draw
+        return os.urandom(record.CODE_BYTES)
 
     def _composed(self, alpha: float, sites: int, releases: int) -> float:
         """Bits of K releases of one record: under keyed noise of near-duplicates, which share some of it."""

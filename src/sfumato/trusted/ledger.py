@@ -1,6 +1,6 @@
 """What has left of every record, in bits, counted before it leaves; past the policy nothing leaves.
 
-    bits(record) = sum over groups of C_group(K),    group = (artefact, alpha, epoch)                (composition)
+    bits(record) = sum over groups of C_group(K),    group = (artefact, alpha, epoch, series)        (composition)
 
 K is the number of distinct draws of noise in a group and C_group(K) its `bits_after(K)`: the capacity of K releases of
 one record under independent noise, (repeats) of sfumato.core.channel. The same draw again is the same bytes: it adds to
@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
@@ -48,6 +49,7 @@ _BUSY_SECONDS = 60  # how long a process waits for its turn to write to SQLite
 _AT_ONCE = 10_000  # values in one IN list; SQLite takes 32,766
 _SETUP_LOCK = int.from_bytes(b"sfumato", "big")  # names the lock under which PostgreSQL's tables are made
 
+_KEY = ("record_id", "artefact", "alpha", "epoch", "series")  # of a group
 _metadata = sa.MetaData()
 _id = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite numbers rows by itself only where it says INTEGER
 _ledger = sa.Table("sfumato_ledger", _metadata, sa.Column("version", sa.Integer, nullable=False))
@@ -67,9 +69,10 @@ _groups = sa.Table(
     sa.Column("artefact", sa.LargeBinary, nullable=False),
     sa.Column("alpha", sa.Double, nullable=False),
     sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("series", sa.LargeBinary, nullable=False),
     sa.Column("draws", sa.BigInteger, nullable=False),
     sa.Column("bits", sa.Double, nullable=False),
-    sa.UniqueConstraint("record_id", "artefact", "alpha", "epoch"),
+    sa.UniqueConstraint(*_KEY),
 )
 _draws = sa.Table(
     "sfumato_draws",
@@ -105,10 +108,11 @@ class Entry:
     """One release about to leave.
 
     record     16 bytes: keyed hash of the record's code; never content, never a name
-    draw       16 bytes: releases with the same record, artefact, alpha, epoch and draw are the same bytes
+    draw       16 bytes: releases with the same record, artefact, alpha, epoch, series and draw are the same bytes
     artefact   digest of the obfuscator, 64 hex digits
     bits_after capacity in bits of K such releases, of distinct draws, of this record together; the same function for
-               all entries of one (record, artefact, alpha, epoch). The ledger waits for it, so it should be fast.
+               all entries of one group. The ledger waits for it, so it should be fast.
+    series     8 bytes: what else tells groups apart, such as the size of the record and whose noise it is
 
     Raises LedgerError where a field is not that.
     """
@@ -119,6 +123,7 @@ class Entry:
     alpha: float
     epoch: int
     bits_after: Callable[[int], float]
+    series: bytes = bytes(8)
 
     def __post_init__(self) -> None:
         if len(self.record) != CODE_BYTES or len(self.draw) != CODE_BYTES:
@@ -148,7 +153,7 @@ class Totals:
     largest_bits: float
 
 
-_GroupKey = tuple[int, bytes, float, int]  # record's id, artefact, alpha, epoch
+_GroupKey = tuple[int, bytes, float, int, bytes]  # record's id, artefact, alpha, epoch, series
 
 
 @dataclass
@@ -161,13 +166,18 @@ class _Group:
 class Ledger:
     """Exposures in `url`: a path or sqlite:///path, made with mode 0600 where absent, or postgresql://user@host/name.
 
+    With `create` false a file must hold a ledger already.
+
     Serves many processes, threads and forks. Raises LedgerError where it is no ledger, one of another version, or
     cannot be reached or written.
     """
 
-    def __init__(self, url: str | Path, policy: Policy = Policy()) -> None:
+    def __init__(self, url: str | Path, policy: Policy = Policy(), *, create: bool = True) -> None:
         self.policy = policy
         where = _locate(url)
+        path = Path(where.database or "")
+        if not create and _is_sqlite(where) and not (path.is_file() and path.stat().st_size):
+            raise LedgerError(f"{where.database}: no ledger is there", wanted="a ledger that a guard has written")
         named = where.set(query={}).render_as_string(hide_password=True)  # a query may hold a password too
         self._place = where.database or "" if _is_sqlite(where) else named
         self._engine = _sqlite(where) if _is_sqlite(where) else _postgresql(where)
@@ -194,7 +204,8 @@ class Ledger:
         then, and nothing of the batch may leave.
         """
         for entry in entries:
-            if not entry.alpha >= self.policy.min_alpha:  # true of a NaN
+            least = float(np.float32(self.policy.min_alpha))  # as releases count it: .9 is no float32
+            if not entry.alpha >= least:  # true of a NaN
                 raise LedgerError(
                     f"alpha = {entry.alpha:g} for record {_name(entry.record)}",
                     wanted=f"at least {self.policy.min_alpha:g}, by the policy",
@@ -233,14 +244,15 @@ class Ledger:
         functions: dict[_GroupKey, Callable[[int], float]] = {}
         sent: dict[_GroupKey, Counter[bytes]] = defaultdict(Counter)
         for entry in entries:
-            key = (ids[entry.record], bytes.fromhex(entry.artefact), entry.alpha, entry.epoch)
+            key = (ids[entry.record], bytes.fromhex(entry.artefact), entry.alpha, entry.epoch, entry.series)
             functions[key] = entry.bits_after
             sent[key][entry.draw] += 1
         groups = _known_groups(connection, list(ids.values()))
         _add_groups(connection, groups, [key for key in sent if key not in groups])
         changed = self._remember_draws(connection, groups, sent)
         for key in changed:
-            groups[key].bits = _checked(functions[key](groups[key].draws))
+            # What has left does not come back, whatever the function says.
+            groups[key].bits = max(groups[key].bits, _checked(functions[key](groups[key].draws)))
         bits = _sums(groups)
         if changed:
             _update(connection, _groups, [vars(groups[key]) for key in changed], "draws", "bits")
@@ -406,27 +418,30 @@ def _known_groups(connection: sa.Connection, ids: list[int]) -> dict[_GroupKey, 
     groups = {}
     columns = _groups.c
     for start in range(0, len(ids), _AT_ONCE):
-        wanted = sa.select(
-            columns.record_id, columns.artefact, columns.alpha, columns.epoch, columns.id, columns.draws, columns.bits
-        ).where(columns.record_id.in_(ids[start : start + _AT_ONCE]))
-        for record, artefact, alpha, epoch, n, draws, bits in connection.execute(wanted):
-            groups[record, artefact, alpha, epoch] = _Group(n, draws, bits)
+        wanted = sa.select(*(columns[name] for name in _KEY), columns.id, columns.draws, columns.bits).where(
+            columns.record_id.in_(ids[start : start + _AT_ONCE])
+        )
+        for *key, n, draws, bits in connection.execute(wanted):
+            groups[_key(*key)] = _Group(n, draws, bits)
     return groups
 
 
 def _add_groups(connection: sa.Connection, groups: dict[_GroupKey, _Group], keys: list[_GroupKey]) -> None:
-    names = ("record_id", "artefact", "alpha", "epoch")
-    rows = [{**dict(zip(names, key, strict=True)), "draws": 0, "bits": 0.0} for key in keys]
+    rows = [{**dict(zip(_KEY, key, strict=True)), "draws": 0, "bits": 0.0} for key in keys]
     if rows:
-        added = sa.insert(_groups).returning(*(_groups.c[name] for name in names), _groups.c.id)
-        for record, artefact, alpha, epoch, n in connection.execute(added, rows):
-            groups[record, artefact, alpha, epoch] = _Group(n, 0, 0.0)
+        added = sa.insert(_groups).returning(*(_groups.c[name] for name in _KEY), _groups.c.id)
+        for *key, n in connection.execute(added, rows):
+            groups[_key(*key)] = _Group(n, 0, 0.0)
 
 
 def _update(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]], *names: str) -> None:
     values: dict[str, Any] = {name: sa.bindparam(f"new_{name}") for name in names}
     named = [{f"new_{name}": row[name] for name in ("id", *names)} for row in rows]
     connection.execute(sa.update(table).where(table.c.id == sa.bindparam("new_id")).values(values), named)
+
+
+def _key(record: int, artefact: bytes, alpha: float, epoch: int, series: bytes) -> _GroupKey:
+    return record, artefact, alpha, epoch, series
 
 
 def _sums(groups: dict[_GroupKey, _Group]) -> dict[int, float]:

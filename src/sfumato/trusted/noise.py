@@ -6,10 +6,10 @@ buys nothing. ChaCha20 (RFC 8439) under the key gives 32-bit words, and Box-Mull
 
     r = sqrt(-2 ln((a + 1/2) / 2^32)),  t = 2 pi b / 2^32,  (r cos t, r sin t)
 
-the radius in float64, rounded to float32 as it meets the angle in float32. No draw lies beyond sqrt(66 ln 2) = 6.764,
-where a normal lies with probability 1.3e-11; radii have 2^32 equally likely values, angles a grid of 2^-24 of a turn
-at the coarsest. The wire is coarser by far: an int8 code saturates from 4 standard deviations and is 4/127 wide at the
-least.
+the radius in float64, rounded to float32 as it meets the angle in float32. No fresh draw lies beyond sqrt(66 ln 2) =
+6.764, where a normal lies with probability 1.3e-11; radii have 2^32 equally likely values, angles a grid of 2^-24 of a
+turn at the coarsest. The wire is coarser by far: an int8 code saturates from 4 standard deviations and is 4/127 wide at
+the least.
 Fresh keys are used once, never stored and never sent; a forked process asks the system again, so it repeats nothing.
 """
 
@@ -49,13 +49,15 @@ class Fresh:
 class Keyed:
     """Noise by record: eps = (eps_exact + eps_coarse) / sqrt(2), each from a key of its own,
 
-        key = BLAKE2b_tenant(kind, code of the record, epoch, obfuscator, alpha, shape)
+        key = BLAKE2b_tenant(kind, code of the record, epoch, obfuscator, alpha, way, shape)
 
-    with the codes of `trusted.record`. The same record under the same key and epoch gives the same noise, so K releases
-    of it are one. Near-duplicates share the coarse half: noise of K of them has correlation 1/2, so that averaging them
-    gains at most a factor K / (1 + (K - 1) / 2) < 2 in power, for any K. Shared noise must not be all of it: of two
-    pictures alike but for what moved, all of it would cancel, and the difference would leave in clear; as it is their
-    difference has noise of variance 1, half of what two fresh releases have.
+    with the codes of `trusted.record`; `way` says how the record becomes a signal: the task, and how many sites. Noise
+    must not be the same where the signal is another, or the difference of two releases would show it. The same record
+    in the same way under the same key and epoch gives the same noise, so K releases of it are one. Near-duplicates
+    share the coarse half: noise of K of them has correlation 1/2, so that averaging them gains at most a factor K / (1
+    + (K - 1) / 2) < 2 in power, for any K. Shared noise must not be all of it: of two pictures alike but for what
+    moved, all of it would cancel, and the difference would leave in clear; as it is their difference has noise of
+    variance 1, half of what two fresh releases have.
 
     What it costs: equal releases tell that the records are equal, to whoever compares them, for the length of an epoch.
     """
@@ -71,9 +73,14 @@ class Keyed:
     def __repr__(self) -> str:
         return f"Keyed(epoch={self.epoch})"
 
-    def of(self, one: NDArray[np.generic], artefact: str, alpha: float) -> "OfRecord":
-        """The noise of this record for this obfuscator (its digest) at alpha."""
-        what = (self.epoch.to_bytes(8, "little"), artefact.encode(), struct.pack("<f", alpha))
+    @property
+    def name(self) -> bytes:
+        """16 bytes that tell tenants apart and nothing else."""
+        return record.keyed(self._key, "sfumato tenant")[:16]
+
+    def of(self, one: NDArray[np.generic], artefact: str, alpha: float, way: str = "") -> "OfRecord":
+        """The noise of this record for an obfuscator (its digest) at alpha; `way`: what else makes the signal."""
+        what = (self.epoch.to_bytes(8, "little"), artefact.encode(), struct.pack("<f", alpha), way.encode())
         seeds = [
             record.keyed(self._key, "sfumato noise", kind, code, *what)
             for kind, code in ((b"exact", record.exact(one)), (b"coarse", record.coarse(one)))

@@ -83,22 +83,27 @@ class Protected:
         """
         sites = fold(z)
         a = channel.as_alpha(alpha, len(sites), sites.device)
-        fused = [self.at(value) for value in a.tolist()]
-        if not isinstance(self.noise, Keyed) and all(one is fused[0] for one in fused):
-            codes = fused[0](sites, self.noise.normals)
+        alphas = a.tolist()
+        if not isinstance(self.noise, Keyed) and len(set(alphas)) == 1:
+            codes = self.at(alphas[0])(sites, self.noise.normals)
         else:  # every alpha sends channels of its own, and what is keyed must not depend on the batch it is in
             sources = self._sources(z, a, records)
-            alone = zip(fused, sites.split(1), sources, strict=True)
-            codes = torch.cat([one(site, source.normals) for one, site, source in alone])
+            alone = zip(alphas, sites.split(1), sources, strict=True)
+            codes = torch.cat([self.at(value)(site, source.normals) for value, site, source in alone])
         shape, size = self.obfuscator.shape, (sites.shape[2], sites.shape[3])
-        bits = torch.tensor([one.bits_per_site * shape.coded(size) for one in fused], device=codes.device)
+        bits = torch.tensor([self.at(value).bits_per_site * shape.coded(size) for value in alphas], device=codes.device)
         return Release(codes, a, self.digest, bits, z.ndim, shape.block, size)
 
     def _sources(self, z: Tensor, alpha: Tensor, records: Sequence[Image] | None) -> list[Noise]:
         if not isinstance(self.noise, Keyed):
             return [self.noise] * len(z)
         named = list(z.cpu().numpy()) if records is None else records
-        return [self.noise.of(one, self.digest, value) for one, value in zip(named, alpha.tolist(), strict=True)]
+        way, alphas = self.way(fold(z).shape[2:]), alpha.tolist()
+        return [self.noise.of(one, self.digest, value, way) for one, value in zip(named, alphas, strict=True)]
+
+    def way(self, sites: Sequence[int]) -> str:
+        """Names how a record becomes a signal of so many sites, for noise that must differ where the signal does."""
+        return f"{self.task!r} {tuple(sites)}"
 
     def at(self, alpha: float) -> Fused:
         """The obfuscator at one alpha, kept for the next time."""
