@@ -197,12 +197,14 @@ def test_it_is_an_attacker() -> None:
 @pytest.mark.parametrize("alpha", [*ALPHAS, EXTREME])
 def test_honest_noise_is_not_caught(alpha: float) -> None:
     sender = protected()
+    carrying = len(sender.obfuscator.allocation.carrying(torch.tensor([alpha])))
+    wide = 6 * math.sqrt(2 / (16 * 64 * carrying))  # deviations of the least sample's variance, a batch of 16
     for seed in range(5):
         found = outcome(sender, alpha, seed)
         assert found.caught is None, found.caught
         assert found.figures.keys() == found.anchors.keys()
         for name in ("difference variance, two calls", "difference variance, one batch", "noise variance"):
-            assert found.figures[name] == pytest.approx(found.anchors[name], abs=0.1), name
+            assert found.figures[name] == pytest.approx(found.anchors[name], abs=wide), name
         for name in ("identical codes, two calls", "identical codes, one batch"):
             assert found.figures[name] == pytest.approx(found.anchors[name], abs=0.03), name
         assert found.figures["signal gain"] == pytest.approx(1, abs=0.1) or alpha == EXTREME  # next to no signal
