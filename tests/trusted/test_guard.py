@@ -4,9 +4,7 @@ import copy
 import dataclasses
 import gc
 import pickle
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from sfumato.trusted.guard import Guard
 from sfumato.trusted.ledger import Ledger, Policy
 from sfumato.trusted.noise import Fresh, Keyed
 from sfumato.trusted.protect import Protected
+from tests.trusted.recorder import Recorder, recording, released
 from tests.trusted.test_fused import obfuscator
 
 SHAPE = Shape(channels=3, k=5, bound=2.0, c_ref=7.5, context=4, block=3)
@@ -59,51 +58,24 @@ def picture(seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
 
 
-class Recorder(ThreadingHTTPServer):
-    """Keeps every body it is sent."""
-
-    def __init__(self) -> None:
-        self.bodies: list[bytes] = []
-        self.status = 200
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Recorder
-
-    def do_POST(self) -> None:
-        self.server.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(self.server.status)
-        self.send_header("Location", "/elsewhere")
-        self.end_headers()
-        self.wfile.write(b"answer")
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def recorder() -> Iterator[Recorder]:
-    server = Recorder()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with recording() as server:
+        yield server
 
 
 def client(server: Recorder, door: Guard) -> Client:
-    return Client(f"http://127.0.0.1:{server.server_address[1]}/infer", door)
+    return Client(server.url, door, retries=0)
 
 
-def test_a_release_arrives_byte_for_byte(tmp_path: Path, recorder: Recorder) -> None:
+def test_a_release_arrives_code_for_code(tmp_path: Path, recorder: Recorder) -> None:
     door = guard(tmp_path)
     release = door([picture(0), picture(1)], [0.2, 0.8])
-    assert client(recorder, door)(release) == b"answer"
-    assert recorder.bodies == [release.to_bytes()] == [door.open(release)]
-    got = Release.from_bytes(recorder.bodies[0])
-    assert torch.equal(got.tensor, release.tensor) and got.digest == DIGEST
+    assert client(recorder, door)(release)[0].tolist() == [[0.5, 0.5]] * 2
+    got = [released(recorder, n, SHAPE.sent, SHAPE.block) for n in range(len(recorder.bodies))]
+    assert torch.equal(torch.cat([one.tensor for one in got]), release.tensor)
+    assert torch.equal(torch.cat([one.alpha for one in got]), release.alpha)
+    assert {(one.digest, one.sites) for one in got} == {(DIGEST, release.sites)}
     assert door.ledger.totals().releases == 2
 
 
@@ -163,9 +135,9 @@ def test_ten_thousand_other_things_do_not_leave(tmp_path: Path, recorder: Record
 
     refused()
     assert len(tried) >= TRIED and len(set(tried)) > 10
-    assert recorder.bodies == []
+    assert recorder.bodies == [] and recorder.asked == []
     link(made[0])
-    assert recorder.bodies == [made[0].to_bytes()]
+    assert released(recorder, 0, SHAPE.sent, SHAPE.block).to_bytes() == made[0].to_bytes()
 
 
 @pytest.mark.parametrize("field", ["tensor", "alpha", "digest", "sites", "ndim"])
@@ -308,7 +280,7 @@ def test_the_least_alpha_of_a_policy_is_allowed(tmp_path: Path, alpha: float) ->
 @pytest.mark.parametrize("status", [302, 500])
 def test_a_server_that_does_not_answer_well_is_an_error(tmp_path: Path, recorder: Recorder, status: int) -> None:
     door = guard(tmp_path)
-    recorder.status = status
+    recorder.statuses = [status]
     with pytest.raises(SfumatoError):
         client(recorder, door)(door(picture()))
     assert len(recorder.bodies) == 1  # no redirect was followed
@@ -322,7 +294,10 @@ def test_a_server_that_does_not_answer_well_is_an_error(tmp_path: Path, recorder
         "ftp://127.0.0.1/x",
         "file:///x",
         "127.0.0.1",
-        "https:///x",
+        "https:///",
+        "https://example.org/x",
+        "grpc://example.org:8001",
+        "https://user:secret@example.org",
     ],
 )
 def test_addresses_that_would_show_the_release_are_refused(tmp_path: Path, url: str) -> None:
@@ -335,7 +310,7 @@ def test_no_server_is_an_error_that_names_no_content(tmp_path: Path, recorder: R
     link = client(recorder, door)
     recorder.shutdown()
     recorder.server_close()
-    with pytest.raises(SfumatoError, match="did not arrive"):
+    with pytest.raises(SfumatoError, match="cannot be reached"):
         link(door(picture()))
 
 

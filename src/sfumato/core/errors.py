@@ -1,6 +1,7 @@
 """Every error sfumato raises on purpose, drawn as a tree; each carries the exit code the command line ends with.
 
 SfumatoError                 1  the work failed
+├── ServerError              1  an inference server that is down, slow, busy, refuses or answers wrongly
 └── RequestError             2  the request was wrong: got / wanted / what to type
     ├── AlphaError              alpha outside [0, 1)
     ├── ArtefactError           not an artefact, another version, another model, damaged
@@ -28,6 +29,7 @@ __all__ = [
     "OutputError",
     "ReleaseError",
     "RequestError",
+    "ServerError",
     "SfumatoError",
     "TenantKeyError",
     "WeightsError",
@@ -38,6 +40,14 @@ class SfumatoError(Exception):
     """The work failed. Never shows the content of a record."""
 
     exit_code = 1
+
+
+class ServerError(SfumatoError):
+    """An inference server failed us; `status` says how: down, slow, busy, refused or wrong."""
+
+    def __init__(self, message: str, *, status: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class RequestError(SfumatoError):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.core.errors import ReleaseError
 from sfumato.core.release import Release
@@ -26,7 +26,12 @@ class Outside(nn.Module):
 
     @torch.inference_mode()
     def forward(self, release: Release) -> Any:
-        """What the tail returns for the restored z' [N, C, h, w]. Raises ReleaseError."""
+        """What the tail returns for the restored release. Raises ReleaseError."""
+        return self.tail(self.restored(release))
+
+    @torch.inference_mode()
+    def restored(self, release: Release) -> Tensor:
+        """z', of the shape of the cut tensor. Raises ReleaseError."""
         if release.digest != self.digest:
             raise ReleaseError(
                 f"a release of obfuscator {release.digest[:12]}",
@@ -56,7 +61,7 @@ class Outside(nn.Module):
         else:
             alone = zip(alphas, codes.split(1), strict=True)
             restored = torch.cat([self._at(alpha, device)(record, release.sites) for alpha, record in alone])
-        return self.tail(unfold(restored, release.ndim))
+        return unfold(restored, release.ndim)
 
     def _at(self, alpha: float, device: torch.device) -> Fused:
         key = (alpha, device)
