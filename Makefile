@@ -1,7 +1,7 @@
 # GNU make 3.81 and later, Linux and macOS. Each target makes the environment it needs in .venv; nothing else is touched.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint style types imports docs bench clean
+.PHONY: help demo test triton lint style types imports docs bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -39,6 +39,10 @@ imports: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev ## links, commands and code in the documents
 	$(BIN)/python .ci/check_docs.py
+
+triton: $(VENV)/.installed ## the real tritonserver, into .venv (Linux on x86_64); its tests skip without it
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[triton]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps nvidia-pytriton==0.7.0
 
 bench: $(VENV)/.installed-dev ## every benchmarks/bench_*.py
 	@set -e; shopt -s nullglob; scripts=(benchmarks/bench_*.py); \

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from sfumato.trusted import noise
+from sfumato.trusted import stream
 from sfumato.trusted.noise import Fresh
 
 LIMIT = math.sqrt(66 * math.log(2))
@@ -30,7 +30,7 @@ RFC_BLOCK = (
 def drawn(key: int, count: int) -> NDArray[np.float32]:
     """Noise of a known key, so that a statistic is the same on every run."""
     out = np.empty(count, np.float32)
-    noise._fill(out, bytes([key]) * 32)
+    stream.fill(out, bytes([key]) * 32)
     return out
 
 
@@ -42,13 +42,13 @@ def box_muller(a: int, b: int) -> tuple[float, float]:
 
 
 def test_keystream_is_chacha20_of_the_rfc() -> None:
-    assert noise._keystream(bytes(32), 64).hex() == RFC_BLOCK
+    assert stream._keystream(bytes(32), 64).hex() == RFC_BLOCK
 
 
 @pytest.mark.parametrize("a", [0, 1, 12345, 2**31, 2**32 - 1])
 @pytest.mark.parametrize("b", [0, 2**30, 2**31 + 7, 2**32 - 1])
 def test_transform_is_box_muller(a: int, b: int) -> None:
-    r, t = noise._polar(np.array([a], np.uint32), np.array([b], np.uint32))
+    r, t = stream._polar(np.array([a], np.uint32), np.array([b], np.uint32))
     got = [float(r[0] * np.cos(t[0])), float(r[0] * np.sin(t[0]))]
     np.testing.assert_allclose(got, box_muller(a, b), rtol=1e-6, atol=1e-5)
     assert np.abs(got).max() <= LIMIT * (1 + 1e-6)
@@ -57,7 +57,7 @@ def test_transform_is_box_muller(a: int, b: int) -> None:
 @pytest.mark.parametrize("count", [1, 2, 7, 1000, 32771])
 def test_a_key_gives_the_known_stream(count: int) -> None:
     pairs = -(-count // 2)
-    words = np.frombuffer(noise._keystream(bytes([7]) * 32, 8 * pairs), "<u4").tolist()
+    words = np.frombuffer(stream._keystream(bytes([7]) * 32, 8 * pairs), "<u4").tolist()
     cosines, sines = zip(*(box_muller(words[i], words[pairs + i]) for i in range(pairs)), strict=True)
     np.testing.assert_allclose(drawn(7, count), [*cosines, *sines][:count], rtol=1e-6, atol=1e-5)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sfumato import __version__
-from sfumato.cli import bench
+from sfumato.cli import bench, export
 from sfumato.cli.audit import audit
 from sfumato.cli.common import examples, guarded
 from sfumato.cli.demo import demo
@@ -18,6 +18,7 @@ from sfumato.cli.fit import fit
 from sfumato.cli.key import key
 from sfumato.cli.ledger import ledger
 from sfumato.cli.measure import measure
+from sfumato.cli.serve import serve
 
 app = typer.Typer(
     name="sfumato",
@@ -51,6 +52,25 @@ app.command(
         "sfumato audit mine --data lfw --weights FaceBoxesProd.pth --budget full --fail-above tar=0.05",
     )
 )(guarded(audit))
+
+exports = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help=export.__doc__,
+    epilog=examples("sfumato export triton shipped models"),
+)
+exports.command(
+    epilog=examples(
+        "sfumato export triton shipped models",
+        "sfumato export triton mine models --weights FaceBoxesProd.pth --backend onnxruntime --kind gpu",
+    )
+)(guarded(export.triton, resume=_AGAIN))
+exports.command(epilog=examples("sfumato export onnx device.onnx --alpha 0.8"))(guarded(export.onnx, resume=_AGAIN))
+app.add_typer(exports, name="export")
+app.command(epilog=examples("sfumato serve models", "sfumato serve models --docker --print-command"))(
+    guarded(serve, resume=_AGAIN)
+)
+
 app.command(epilog=examples("sfumato key tenant.key"))(guarded(key, resume=_AGAIN))
 app.command(
     epilog=examples("sfumato ledger ledger.db", "sfumato ledger ledger.db --photograph ward.jpg --key tenant.key")

@@ -40,7 +40,9 @@ def to_tensors(release: Release, channels: np.ndarray[Any, Any]) -> Tensors:
         "DIGEST": np.frombuffer(bytes.fromhex(release.digest), np.uint8),
     }
     alike = {name: np.repeat(row[None], count, 0) for name, row in rows.items()}
-    return {"CODES": some, "ALPHA": release.alpha.cpu().numpy().astype(np.float32)[:, None], **alike}
+    alpha = release.alpha.cpu().numpy().astype(np.float32)[:, None]
+    made = {"CODES": some, "ALPHA": alpha, **alike}
+    return {name: made[name] for name in TYPES}
 
 
 def from_tensors(tensors: Mapping[str, np.ndarray[Any, Any]], sent: int, block: int, ndim: int) -> Release:

@@ -5,13 +5,14 @@
     REPO/face_detection_release/   the tensors of `core.wire` -> restorer -> tail; the one to use
 
 Each with config.pbtxt and numbered versions; OUTPUT__0, OUTPUT__1 ... are what the model returns. A version and a new
-model are written elsewhere in the repository and renamed into place, so that a server that polls it never sees half of
+model are written elsewhere on the same disk and renamed into place, so that a server that polls never sees half of
 one. The first model takes what must not leave the trust zone: it is there to compare with.
 """
 
 import hashlib
 import json
 import os
+import py_compile
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sfumato.core import wire
+from sfumato.core import programs, wire
 from sfumato.core.errors import OutputError, RequestError
 from sfumato.core.files import write_bytes
 from sfumato.core.release import Release
-from sfumato.outside import export
 from sfumato.outside.backend import PROGRAM, SERVER
+from sfumato.outside.export import Answer, Named
 from sfumato.outside.model import Outside
 
 BACKENDS = ("python", "onnxruntime", "pytorch")
@@ -123,33 +124,40 @@ def _place(plan: Plan, model: Path, kind: str, make: Callable[[Path], Sequence[s
     """The next version of one model."""
     facts = _facts(plan, kind)
     mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    newest = max((int(v.name) for v in model.glob("*") if v.name.isdigit()), default=0)
     before = _read(model / "config.pbtxt")
+    if not before:
+        shutil.rmtree(model, ignore_errors=True)  # what a kill left of a first export
+    newest = max((int(v.name) for v in model.glob("*") if v.name.isdigit()), default=0)
     if before and f'backend: "{plan.backend}"' not in before:
         raise RequestError(f"{model} is for another backend", wanted=plan.backend, do="export into an empty folder")
     if newest and _read(model / str(newest) / "sfumato.json") == json.dumps({"mark": mark, **facts}):
         return None
-    # Names that begin with a dot are none of a model to the server, and on the same disk a rename is one step.
-    with tempfile.TemporaryDirectory(prefix=".sfumato-", dir=model.parent) as temporary:
-        whole = Path(temporary) / model.name
-        version = whole / str(newest + 1)
-        version.mkdir(parents=True)
+    model.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".sfumato-", dir=_beside(model)) as temporary:
+        version, warmup = Path(temporary) / str(newest + 1), Path(temporary) / "warmup"
+        version.mkdir()
         outputs = make(version)
         (version / "sfumato.json").write_text(json.dumps({"mark": mark, **facts}))
-        config = _config(plan, kind, facts, outputs)
-        if kind == RELEASE:
-            _warm(plan, whole / "warmup")
-        for path in whole.rglob("*"):
+        if kind == RELEASE and not (model / warmup.name).exists():
+            _warm(plan, warmup)
+            os.rename(warmup, model / warmup.name)
+        for path in version.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        whole.chmod(0o755)
-        if newest:
-            os.rename(version, model / version.name)
-            write_bytes(model / "config.pbtxt", config.encode())
-            return model / version.name
-        (whole / "config.pbtxt").write_text(config)
-        shutil.rmtree(model, ignore_errors=True)
-        os.rename(whole, model)
-        return model / version.name
+        os.rename(version, model / version.name)
+    # Last: without it the server takes the folder for no model, so it never sees half of a new one.
+    write_bytes(model / "config.pbtxt", _config(plan, kind, facts, outputs).encode())
+    return model / version.name
+
+
+def _beside(model: Path) -> Path:
+    """Where to make a version that is to be renamed into the model: out of the repository, which a server looks into.
+
+    On a disk that ends with the repository, a mounted volume, it is the model itself: folders that are no number there
+    are no versions, though a server that polls loads the present one again.
+    """
+    place = model.parent.parent
+    same = place.stat().st_dev == model.stat().st_dev and os.access(place, os.W_OK | os.X_OK)
+    return place if same else model
 
 
 def _read(path: Path) -> str:
@@ -181,46 +189,58 @@ def _example(plan: Plan) -> Tensor:
 
 def _tail(plan: Plan, tail: nn.Module, example: Tensor, place: Path) -> list[str]:
     if plan.backend == "python":
-        export.program(tail, example, place / PROGRAM)
-        (place / "model.py").write_text(_MODEL.format(name="Tail"))
+        _program(tail, example, place)
+        _model(place, "Tail")
     elif plan.backend == "onnxruntime":
-        export.onnx(export.Named(tail), {"INPUT__0": example}, _count(tail, example), place / _FILES[plan.backend])
+        fixed = {"INPUT__0": [programs.channel_axis(example)]}
+        programs.onnx(Named(tail), {"INPUT__0": example}, _names(tail, example), fixed, place / _FILES[plan.backend])
     else:
-        export.script(export.Named(tail), [example], place / _FILES[plan.backend])
+        programs.script(Named(tail), [example], place / _FILES[plan.backend])
     return _outputs(tail, example)
+
+
+def _model(place: Path, name: str) -> None:
+    (place / "model.py").write_text(_MODEL.format(name=name))
+    # Else the server would write this file itself, and one that polls would take that for a new version.
+    py_compile.compile(str(place / "model.py"), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+
+
+def _program(tail: nn.Module, example: Tensor, place: Path) -> None:
+    programs.program(Named(tail), example, [programs.channel_axis(example)], place / PROGRAM)
 
 
 def _release(plan: Plan, example: Tensor, place: Path) -> list[str]:
     tail, shape = plan.outside.tail, plan.outside.restorer.shape
     if plan.backend == "python":
-        export.program(tail, example, place / PROGRAM)
+        _program(tail, example, place)
         shutil.copyfile(plan.server, place / SERVER)
-        (place / "model.py").write_text(_MODEL.format(name="Released"))
+        _model(place, "Released")
         return _outputs(tail, example)
     high, wide = shape.codes(plan.size)[1:]
     whole = (high * shape.block, wide * shape.block)
     tensors = {name: torch.from_numpy(np.repeat(t, 2, 0)) for name, t in _zeros(plan, whole).items()}
-    answer = export.Answer(plan.outside.restorer, tail, plan.outside.digest, plan.ndim)
+    answer = Answer(plan.outside.restorer, tail, plan.outside.digest, plan.ndim)
     if plan.backend == "onnxruntime":
-        export.onnx(answer, tensors, _count(tail, example), place / _FILES[plan.backend])
+        fixed = {name: [1] for name in wire.TYPES if name != "CODES"}
+        programs.onnx(answer, tensors, _names(tail, example), fixed, place / _FILES[plan.backend])
     else:
-        export.script(answer, list(tensors.values()), place / _FILES[plan.backend])
+        programs.script(answer, list(tensors.values()), place / _FILES[plan.backend])
     return _outputs(tail, example)
 
 
-def _count(tail: nn.Module, example: Tensor) -> int:
-    return len(_outputs(tail, example))
+def _names(tail: nn.Module, example: Tensor) -> list[str]:
+    return [f"OUTPUT__{i}" for i in range(len(_outputs(tail, example)))]
 
 
 @torch.inference_mode()
 def _outputs(tail: nn.Module, example: Tensor) -> list[str]:
     """type and dims, without the batch, of every output; what the size of the input decides is open."""
-    answers = export.flat(tail(example))
+    answers = programs.flat(tail(example))
     larger = example
     if example.ndim > 2:
         axes = (2, 3) if example.ndim == 4 else (1,)
         larger = example.repeat([2 if axis in axes else 1 for axis in range(example.ndim)])
-    others = export.flat(tail(larger))
+    others = programs.flat(tail(larger))
     lines = []
     for i, (one, other) in enumerate(zip(answers, others, strict=True)):
         dims = [a if a == b else -1 for a, b in zip(one.shape[1:], other.shape[1:], strict=True)]
@@ -259,7 +279,7 @@ def _config(plan: Plan, kind: str, facts: Mapping[str, str], outputs: Sequence[s
         ]
     else:
         example = _example(plan)
-        channels = {4: 1, 3: 2, 2: 1}[example.ndim]
+        channels = programs.channel_axis(example)
         dims = [n if axis == channels else -1 for axis, n in enumerate(example.shape)][1:]
         inputs = [f'  {{ name: "INPUT__0" data_type: TYPE_FP32 dims: {dims} }}']
         shape = list(example.shape[1:])

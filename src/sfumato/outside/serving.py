@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import queue
 import re
 import shutil
 import signal
@@ -157,36 +156,36 @@ def serve(
         backends = _backends(found, Path(temporary))
         command = [str(found), *arguments(repository.resolve(), host, chosen, poll=poll, extra=extra)]
         command += [f"--backend-directory={backends}"] if backends else []
-        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         last: list[str] = []
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             env=_environment(), start_new_session=True,
         )  # fmt: skip
-        threading.Thread(target=_read, args=(process, lines, last, log), daemon=True).start()
+        reader = threading.Thread(target=_read, args=(process, last, log), daemon=True)
+        reader.start()
         server = Server(process, host, chosen[0], chosen[1], chosen[2], tuple(models))
         try:
             _wait(server, last, within)
             yield server
         finally:
             server.stop()
+            reader.join()
 
 
-def _read(
-    process: subprocess.Popen[str], lines: "queue.SimpleQueue[str]", last: list[str], log: Callable[[str], None]
-) -> None:
+def _read(process: subprocess.Popen[str], last: list[str], log: Callable[[str], None]) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        last.append(line.rstrip())
-        del last[:-_LAST]
-        short = brief(line)
-        if short:
-            log(short)
+    with process.stdout as lines:
+        for line in lines:
+            short = brief(line)
+            if short:
+                log(short)
+            if short or not (_LINE.match(line) or line.startswith(("|", "+"))):  # else the server's own bookkeeping
+                last.append(short or line.rstrip())
+                del last[:-_LAST]
 
 
-_NO_GPU = re.compile(
-    r"CUDA driver version|CudaDriverHelper|DCGM|pinned"
-)  # what a machine without one makes the server say
+# What a machine without a GPU makes the server say.
+_NO_GPU = re.compile(r"CUDA driver version|CudaDriverHelper|DCGM|pinned")
 
 
 def brief(line: str) -> str:
@@ -195,7 +194,7 @@ def brief(line: str) -> str:
     if found is None:
         return ""
     level, clock, text = found.groups()
-    said = text.strip('"')
+    said = text.strip('"').split(r"\n\nAt:")[0]
     if (level == "I" and not re.match(r"successfully (un)?load", said)) or _NO_GPU.search(said):
         return ""
     return f"{clock} {_LEVELS[level]}: {said}"
@@ -211,10 +210,10 @@ def _wait(server: Server, last: list[str], within: float) -> None:
             if answer.status == 200:
                 return
         time.sleep(0.1)
-    said = "\n".join(short for line in last if (short := brief(line))) or "\n".join(last[-10:])
+    told = [line for line in last if " error: " in line or " fatal: " in line] or last[-10:]
     ended = server.process.poll()
     what = f"ended with {ended}" if ended is not None else f"was not ready within {within:.0f} s"
-    raise SfumatoError(f"tritonserver {what}\n{said}")
+    raise SfumatoError("\n".join([f"tritonserver {what}", *told]))
 
 
 def _shown(host: str) -> str:

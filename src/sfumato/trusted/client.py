@@ -157,8 +157,8 @@ class _Base:
         """Answers of all requests as one. Raises ServerError for what no server of this model can have meant."""
         for answer, request in zip(answers, requests, strict=True):
             rows = len(next(iter(request.values())))
-            if not answer or any(a.ndim < 1 or len(a) != rows for a in answer):
-                shapes = [list(a.shape) for a in answer]
+            if not answer or any(a is None or a.ndim < 1 or len(a) != rows for a in answer):
+                shapes = [None if a is None else list(a.shape) for a in answer]
                 raise ServerError(f"{self.model} answered {shapes} for {rows} records", status="wrong")
             if not all(np.isfinite(a).all() for a in answer if a.dtype.kind == "f"):
                 raise ServerError(f"{self.model} answered what is no number", status="wrong")

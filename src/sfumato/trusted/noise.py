@@ -2,14 +2,7 @@
 
 `Fresh`: every record of every call gets a key of its own from the operating system. `Keyed`: the key is a pseudo-random
 function of a tenant's key, the epoch and the record, so that a record released twice gives the same bytes and averaging
-buys nothing. ChaCha20 (RFC 8439) under the key gives 32-bit words, and Box-Muller turns two words into two normals,
-
-    r = sqrt(-2 ln((a + 1/2) / 2^32)),  t = 2 pi b / 2^32,  (r cos t, r sin t)
-
-the radius in float64, rounded to float32 as it meets the angle in float32. No fresh draw lies beyond sqrt(66 ln 2) =
-6.764, where a normal lies with probability 1.3e-11; radii have 2^32 equally likely values, angles a grid of 2^-24 of a
-turn at the coarsest. The wire is coarser by far: an int8 code saturates from 4 standard deviations and is 4/127 wide at
-the least.
+buys nothing. How a key becomes normals: `trusted.stream`.
 Fresh keys are used once, never stored and never sent; a forked process asks the system again, so it repeats nothing.
 """
 
@@ -20,17 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.core.errors import RequestError
 from sfumato.trusted import record
+from sfumato.trusted.stream import KEY_BYTES, fill
 
-_KEY_BYTES = 32
-_NONCE = bytes(16)  # block counter and nonce: a key serves one stream only, so both start at zero
-_WORD = 2.0**-32
 SHARED = 0.5  # correlation of keyed noise between near-duplicates
 
 
@@ -42,7 +31,7 @@ class Fresh:
         count = math.prod(shape)
         out = np.empty((records, count), np.float32)
         for row in out:
-            _fill(row, os.urandom(_KEY_BYTES))
+            fill(row, os.urandom(KEY_BYTES))
         return torch.from_numpy(out).reshape(records, *shape)
 
 
@@ -102,34 +91,10 @@ class OfRecord:
         size = repr(tuple(int(n) for n in shape)).encode()
         halves = np.empty((2, math.prod(shape)), np.float32)
         for half, key in zip(halves, (self.exact, self.coarse), strict=True):
-            _fill(half, record.keyed(key, "sfumato shape", size))
+            fill(half, record.keyed(key, "sfumato shape", size))
         return torch.from_numpy((halves[0] + halves[1]) * np.float32(math.sqrt(0.5))).reshape(1, *shape)
 
     @property
     def draw(self) -> bytes:
         """16 bytes that say which noise it is, and nothing else: what a ledger may keep."""
         return record.keyed(self.exact, "sfumato draw", self.coarse)[:16]
-
-
-def _fill(out: NDArray[np.float32], key: bytes) -> None:
-    # the stream's first half of words gives the radii, its second half the angles; cosines fill the first half
-    pairs = -(-out.size // 2)
-    words = np.frombuffer(_keystream(key, 8 * pairs), "<u4").reshape(2, pairs)
-    r, t = _polar(words[0], words[1])
-    np.multiply(r, np.cos(t), out=out[:pairs])
-    rest = out.size - pairs
-    np.multiply(r[:rest], np.sin(t[:rest]), out=out[pairs:])
-
-
-def _keystream(key: bytes, size: int) -> bytes:
-    return Cipher(ChaCha20(key, _NONCE), mode=None).encryptor().update(bytes(size))
-
-
-def _polar(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Words a and b [n] -> radii and angles [n] of n pairs of normals."""
-    u = a + 0.5
-    u *= _WORD
-    np.log(u, out=u)
-    u *= -2
-    np.sqrt(u, out=u)
-    return u.astype(np.float32), b.astype(np.float32) * np.float32(2 * np.pi * _WORD)
