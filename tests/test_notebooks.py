@@ -4,7 +4,9 @@ import ast
 from pathlib import Path
 from typing import Any
 
+import cv2
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 
@@ -26,6 +28,56 @@ def test_outputs_are_stripped(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     nbformat.validate(notebook)
     assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+
+
+@pytest.mark.timeout(900)
+def test_face_detection(tmp_path: Path) -> None:
+    figures = run("01-face-detection.ipynb", tmp_path, COUNT=10)
+    assert figures["size"] == [512, 512] and figures["activation"] == [1, 128, 32, 32]
+    (clean,), (face,) = figures["clean"], figures["faces"]
+    assert min(clean["score"], face["score"]) > 0.5
+    assert all(abs(clean[side] - face[side]) < 20 for side in ("x1", "y1", "x2", "y2")), "one face, in one place"
+    assert figures["bits"] == pytest.approx(0.2 * 64 * 32 * 32)
+    ap = figures["ap"]
+    assert ap[None] > 0.8 and ap[0.8] > ap[None] - 0.15 and ap[0.95] > 0.5
+    (low, many), (_, few) = figures["views"][0.05], figures["views"][0.95]
+    assert low == 1 and few < figures["nbytes"] < many < 524_288, "fewer bytes than the activation in fp32"
+
+
+@pytest.mark.timeout(900)
+def test_face_detection_in_one_s_own_photograph(tmp_path: Path, astronaut: np.ndarray) -> None:
+    cv2.imwrite(str(tmp_path / "mine.png"), cv2.resize(astronaut, (300, 260)))
+    figures = run("01-face-detection.ipynb", tmp_path, COUNT=10, PHOTOGRAPH="mine.png", ALPHA=0.4)
+    assert figures["size"] == [260, 300] and len(figures["faces"]) == 1
+    assert figures["bits"] == pytest.approx(0.6 * 64 * 32 * 32)
+
+
+@pytest.mark.timeout(900)
+def test_your_own_model(tmp_path: Path) -> None:
+    figures = run("02-your-own-model.ipynb", tmp_path, STEPS=100, RECORDS=120, ATTACK_STEPS=4)
+    assert figures["clean"] > 0.9
+    assert figures["right"][0.2] > 0.85 and figures["right"][0.8] > 0.6, "ten classes: chance is .1"
+    assert figures["right"][0.95] < figures["right"][0.2]
+    assert figures["bits"] == pytest.approx({a: (1 - a) * 16 * 64 for a in (0.2, 0.5, 0.8, 0.95)})
+    (clean, none), (released, _) = figures["decoder"]["clean head output"], figures["decoder"]["sfumato"]
+    assert clean > none + 3, "an attacker that works"
+    assert released < clean - 2
+    assert (tmp_path / "your-own-model" / "audit.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.timeout(900)
+def test_choose_alpha(tmp_path: Path) -> None:
+    figures = run("03-choose-alpha.ipynb", tmp_path, COUNT=20, ATTACKED=4, CERTIFIED=2, PROBES=1)
+    ap, bits, psnr = figures["ap"], figures["bits_per_site"], figures["psnr"]
+    assert ap[None] > 0.8 and ap[0.05] > ap[0.95]
+    assert bits == pytest.approx({a: 64 * (1 - a) for a in bits}, rel=1e-4)
+    assert psnr[0.05] > psnr[0.8] > figures["mean_picture"] - 1, "the more is withheld, the less is recovered"
+    for alpha, (whole, face, repeated, rate) in figures["certificates"].items():
+        assert whole == pytest.approx(bits[alpha] * 1024, rel=1e-4)
+        assert face < whole < repeated and 0 < rate <= whole
+    far, chosen = figures["far_drop"], figures["chosen"]
+    assert all(alpha is None or far[alpha] <= lost for lost, alpha in chosen.items())
+    assert all(far[a] > lost for lost, alpha in chosen.items() for a in far if a > (alpha or 0)), "the highest"
 
 
 @pytest.mark.timeout(900)
