@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -138,6 +139,18 @@ def test_with_and_without_widgets_there_is_a_static_picture(
     assert explorer._repr_mimebundle_() == {k: v for k, v in live.items() if "widget" not in k}
     with pytest.raises(RequestError, match=r"pip install sfumato\[notebook\]"):
         explorer.widget  # noqa: B018
+
+
+def test_a_saved_notebook_shows_the_picture_where_no_widget_runs(explorer: Explorer) -> None:
+    """What nbviewer does with a notebook that JupyterLab saved: it has the output, and not the widget's state."""
+    export = pytest.importorskip("nbconvert", reason="nbconvert is not installed: pip install -e .[dev]")
+    data = explorer._repr_mimebundle_()
+    output = nbformat.v4.new_output("execute_result", data, execution_count=1)  # type: ignore[no-untyped-call]
+    cell = nbformat.v4.new_code_cell("explorer", outputs=[output])  # type: ignore[no-untyped-call]
+    notebook = nbformat.v4.new_notebook(cells=[cell])  # type: ignore[no-untyped-call]
+    page, _ = export.HTMLExporter().from_notebook_node(notebook)
+    assert data["image/jpeg"] in page
+    assert str(data["application/vnd.jupyter.widget-view+json"]["model_id"]) not in page
 
 
 def test_wrong_requests(pair: tuple[Protected, Decoder], astronaut: np.ndarray) -> None:

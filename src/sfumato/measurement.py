@@ -113,13 +113,16 @@ class Measurement:
         return arm.detected.drop(self.clean.detected) if self.clean and arm is not self.clean else None
 
     def _repr_html_(self) -> str:
-        rows = []
+        rows, spread = [], self.images > len(self.folds)  # one image a fold is always drawn again
         for arm in self.arms:
             drop, ap = self.drop(arm), arm.detected
             name, bits = ("clean", "no bound") if arm.alpha is None else (f"{arm.alpha:g}", f"{arm.bits_per_site:.1f}")
-            lost = f"{drop[0]:+.4f} [{drop[1]:+.4f}, {drop[2]:+.4f}]" if drop else ""
-            rows.append((name, bits, f"{ap.mean:.4f} [{ap.low:.4f}, {ap.high:.4f}]", lost, f"{arm.release_bytes:,}"))
-        title = f"{self.images} images, {self.faces} faces; 95 % intervals over images"
+            within, lost = f" [{ap.low:.4f}, {ap.high:.4f}]" * spread, ""
+            if drop:
+                lost = f"{drop[0]:+.4f}" + f" [{drop[1]:+.4f}, {drop[2]:+.4f}]" * spread
+            rows.append((name, bits, f"{ap.mean:.4f}{within}", lost, f"{arm.release_bytes:,}"))
+        said = "95 % intervals over images" if spread else "one image a fold gives no interval"
+        title = f"{self.images} images, {self.faces} faces; {said}"
         return table(("alpha", "bits a site, at most", "AP", "drop from clean", "bytes"), rows, title=title)
 
     def as_dict(self) -> dict[str, Any]:

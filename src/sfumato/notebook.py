@@ -145,7 +145,13 @@ class Explorer:
                 "no ipywidgets in this environment", wanted="the slider", do="pip install sfumato[notebook]"
             ) from error
         slider = widgets.FloatSlider(
-            self.alpha, min=LOWEST, max=HIGHEST, step=STEP, description="alpha", readout_format=".2f"
+            self.alpha,
+            min=LOWEST,
+            max=HIGHEST,
+            step=STEP,
+            description="alpha",
+            readout_format=".2f",
+            layout=widgets.Layout(width="60%"),
         )
         slider.add_class("sfumato-alpha")
         picture = widgets.Image(format="jpeg", layout=widgets.Layout(max_width="100%"))
