@@ -24,7 +24,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 if CHROMIUM is None:
     pytest.skip("no Chromium here: apt-get install chromium", allow_module_level=True)
 
-VIEW: "ViewportSize" = {"width": 1360, "height": 1000}
+VIEW: "ViewportSize" = {"width": 1360, "height": 1080}
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page, ViewportSize
@@ -158,7 +158,7 @@ def test_the_first_notebook_from_upload_to_slider(
     figures = run_all(page)
     assert figures["size"] == [512, 512] and len(figures["faces"]) == 1
     page.locator(".jp-Notebook h1").scroll_into_view_if_needed()
-    page.set_viewport_size({"width": 1360, "height": 3600})
+    page.set_viewport_size({"width": 1360, "height": 4700})
     shoot(page, tmp_path, "notebook")
     page.set_viewport_size(VIEW)
 

@@ -1,6 +1,7 @@
 """Every notebook runs from its first cell to its last, and what it shows is so."""
 
 import ast
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import cv2
 import nbformat
 import numpy as np
 import pytest
+from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -87,3 +89,54 @@ def test_attack_it(tmp_path: Path) -> None:
     assert figures["released"] < figures["clean"] - 2, "and is held off"
     assert figures["averaged"] > figures["released"]
     assert figures["nearest"] < figures["clean"]
+
+
+FIT = """
+import numpy as np, torch, sfumato
+from torch import nn
+from sfumato.learn.fit import Settings, Trainer
+from sfumato.tasks.classification import Classification
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 3)).eval()
+records = list(np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8))
+taken, step = 0, Trainer._train_step
+def counted(self):
+    global taken
+    taken += 1
+    return step(self)
+Trainer._train_step = counted
+def fit():
+    settings = Settings(steps=150, batch=4, validations=30, patience=1000)
+    return sfumato.fit(sfumato.split(model, at="1"), records, task=Classification(std=255.0), out="fitted",
+                       settings=settings, device="cpu")
+"""
+
+
+@pytest.mark.timeout(300)
+def test_an_interrupted_cell_goes_on_where_it_was(tmp_path: Path) -> None:
+    manager, kernel = start_new_kernel(cwd=str(tmp_path))
+
+    def value(code: str) -> Any:
+        reply = kernel.execute_interactive(code, user_expressions={"v": "taken"}, output_hook=print, timeout=120)
+        return reply["content"]
+
+    try:
+        assert value(FIT)["status"] == "ok"
+        kernel.execute("fit()")
+        checkpoint = tmp_path / "fitted" / "work" / "adapted" / "checkpoint.pt"
+        for _ in range(600):
+            if checkpoint.exists():
+                break
+            time.sleep(0.1)
+        manager.interrupt_kernel()
+        reply = kernel.get_shell_msg(timeout=60)["content"]
+        assert (reply["status"], reply["ename"]) == ("error", "KeyboardInterrupt")
+        before = int(value("")["user_expressions"]["v"]["data"]["text/plain"])
+        done = value("protected = fit()")
+        assert done["status"] == "ok"
+        whole = int(done["user_expressions"]["v"]["data"]["text/plain"])
+    finally:
+        kernel.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert 0 < before < 150 <= whole <= 150 + 6, "at most what came after the last checkpoint is done again"
+    assert (tmp_path / "fitted" / "server.safetensors").exists()
