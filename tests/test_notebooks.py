@@ -1,6 +1,7 @@
 """Every notebook runs from its first cell to its last, and what it shows is so."""
 
 import ast
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,12 @@ def test_an_interrupted_cell_goes_on_where_it_was(tmp_path: Path) -> None:
         manager.shutdown_kernel(now=True)
     assert 0 < before < 150 <= whole <= 150 + 6, "at most what came after the last checkpoint is done again"
     assert (tmp_path / "fitted" / "server.safetensors").exists()
+
+
+def test_the_image_of_the_workspace_copies_what_is_there() -> None:
+    root = NOTEBOOKS.parent
+    lines = (root / "deploy" / "jupyter" / "Containerfile").read_text().splitlines()
+    copied = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
+    assert {"src", "notebooks", "pyproject.toml"} <= set(copied)
+    assert all((root / source).exists() for source in copied)
+    subprocess.run(["bash", "-n", root / "deploy" / "jupyter" / "notebooks.sh"], check=True)
