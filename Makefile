@@ -1,7 +1,7 @@
 # GNU make 3.81 and later, Linux and macOS. Each target makes the environment it needs in .venv; nothing else is touched.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test triton lint style types imports docs bench clean
+.PHONY: help demo test triton lint style types imports docs notebooks bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ INSTALL = $(BIN)/python -m pip install $(if $(CI),--quiet) --disable-pip-version
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo "  PYTHON=python3.12  another interpreter (3.11 or later)"
 	@echo "  TORCH_INDEX=URL    a further index for torch: PyTorch's index of CPU builds saves gigabytes on Linux"
 
@@ -43,6 +43,10 @@ docs: $(VENV)/.installed-dev ## links, commands and code in the documents
 triton: $(VENV)/.installed ## the real tritonserver, into .venv (Linux on x86_64); its tests skip without it
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[triton]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps nvidia-pytriton==0.7.0
+
+notebooks: $(VENV)/.installed-dev ## every notebook run and rendered, in build/notebooks
+	mkdir -p build/notebooks && cp notebooks/*.ipynb build/notebooks
+	cd build/notebooks && ../../$(BIN)/jupyter nbconvert --execute --to html --ExecutePreprocessor.timeout=600 *.ipynb
 
 bench: $(VENV)/.installed-dev ## every benchmarks/bench_*.py
 	@set -e; shopt -s nullglob; scripts=(benchmarks/bench_*.py); \

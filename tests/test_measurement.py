@@ -59,6 +59,19 @@ def figures(result: Measurement) -> list[tuple[object, ...]]:
     ]
 
 
+def test_a_notebook_shows_every_arm(whole: Measurement) -> None:
+    shown = whole._repr_html_()
+    for arm in whole.arms:
+        assert f"<td>{'clean' if arm.alpha is None else f'{arm.alpha:g}'}</td>" in shown
+        assert f"<td>{arm.detected.mean:.4f} [{arm.detected.low:.4f}, {arm.detected.high:.4f}]</td>" in shown
+    assert f"{whole.images} images, {whole.faces} faces; 95 % intervals" in shown
+
+
+def test_one_photograph_a_fold_gives_no_interval(tiny: "Tiny", protected: Protected) -> None:
+    shown = measure(protected, fddb.load(tiny.dataset), alphas=(None, 0.8), limit=1, quiet=True)._repr_html_()
+    assert "gives no interval" in shown and "[" not in shown
+
+
 def test_the_clean_arm_is_the_model_itself(whole: Measurement, tiny: "Tiny", data: Fddb, task: FaceDetection) -> None:
     model = facade.detector(tiny.weights)
     for fold, ap in zip(data.folds, whole.arms[0].detected.folds, strict=True):

@@ -185,13 +185,13 @@ def _one(
     """Detect in one image and write its pictures -> its row."""
     z = protected.cut([image])
     size = (image.shape[0], image.shape[1])
-    clean = _found(protected, protected.reference, z, size).above(score)
+    clean = faces_in(protected, protected.reference, z, size).above(score)
     row: dict[str, Any] = {"height": size[0], "width": size[1]}
     if alpha is None:
         _write_picture(out / ANNOTATED / f"{name}.jpg", draw(image, clean))
         return row | {"faces": clean.as_rows(), "clean_faces": clean.as_rows()}
     release = protected.obfuscate(z, alpha)
-    found = _found(protected, protected.outside, release, size).above(score)
+    found = faces_in(protected, protected.outside, release, size).above(score)
     _write_picture(out / ANNOTATED / f"{name}.jpg", draw(image, found))
     _write_picture(out / SIDE_BY_SIDE / f"{name}.jpg", side_by_side(image, clean, found, release, alpha, decoder))
     bits = float(release.bits[0]) / math.prod(release.sites)
@@ -200,7 +200,8 @@ def _one(
 
 
 @torch.inference_mode()
-def _found(protected: Protected, side: Any, value: Any, size: tuple[int, int]) -> Detections:
+def faces_in(protected: Protected, side: Any, value: Any, size: tuple[int, int]) -> Detections:
+    """What a side (`outside`, or `reference` for a clean head output) finds, in a photograph of (height, width)."""
     if side is None:
         raise RequestError("only the trusted side is here", wanted="client and server artefacts")
     found: Detections = protected.postprocess(side(value), size)
@@ -211,16 +212,26 @@ def side_by_side(
     image: Image, clean: Detections, found: Detections, release: Release, alpha: float, decoder: Decoder | None
 ) -> Image:
     """clean | obfuscated | reconstruction, each fitted into PANEL and captioned; two panels without a decoder."""
-    scale = min(PANEL[0] / image.shape[0], PANEL[1] / image.shape[1])
-    size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
-    small = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    panels = [
+    small, scale = fitted(image)
+    shown = [
         ("clean", draw(small, _scaled(clean, scale))),
         (f"obfuscated, alpha {alpha:g}", draw(small, _scaled(found, scale))),
     ]
     if decoder is not None:
-        panels.append(("what a trained decoder recovers", decoder.reconstruct(release, size)))
-    return np.concatenate([_captioned(words, picture) for words, picture in panels], axis=1)
+        shown.append(("what a trained decoder recovers", decoder.reconstruct(release, small.shape[:2])))
+    return panels(shown)
+
+
+def fitted(image: Image) -> tuple[Image, float]:
+    """The image as large as PANEL holds it, and by how much it grew."""
+    scale = min(PANEL[0] / image.shape[0], PANEL[1] / image.shape[1])
+    size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC), scale
+
+
+def panels(named: Sequence[tuple[str, Image]]) -> Image:
+    """Pictures of one height side by side, each under its caption."""
+    return np.concatenate([_captioned(words, picture) for words, picture in named], axis=1)
 
 
 def _scaled(found: Detections, scale: float) -> Detections:

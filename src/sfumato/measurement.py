@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sfumato.core.digest import digest_of
+from sfumato.core.display import table
 from sfumato.core.errors import DatasetError, OutputError, RequestError
 from sfumato.core.files import atomic
 from sfumato.datasets import images
@@ -110,6 +111,19 @@ class Measurement:
     def drop(self, arm: Arm) -> tuple[float, float, float] | None:
         """AP lost against the clean arm, as detected: (mean, low, high); None without a clean arm."""
         return arm.detected.drop(self.clean.detected) if self.clean and arm is not self.clean else None
+
+    def _repr_html_(self) -> str:
+        rows, spread = [], self.images > len(self.folds)  # one image a fold is always drawn again
+        for arm in self.arms:
+            drop, ap = self.drop(arm), arm.detected
+            name, bits = ("clean", "no bound") if arm.alpha is None else (f"{arm.alpha:g}", f"{arm.bits_per_site:.1f}")
+            within, lost = f" [{ap.low:.4f}, {ap.high:.4f}]" * spread, ""
+            if drop:
+                lost = f"{drop[0]:+.4f}" + f" [{drop[1]:+.4f}, {drop[2]:+.4f}]" * spread
+            rows.append((name, bits, f"{ap.mean:.4f}{within}", lost, f"{arm.release_bytes:,}"))
+        said = "95 % intervals over images" if spread else "one image a fold gives no interval"
+        title = f"{self.images} images, {self.faces} faces; {said}"
+        return table(("alpha", "bits a site, at most", "AP", "drop from clean", "bytes"), rows, title=title)
 
     def as_dict(self) -> dict[str, Any]:
         rows = [arm.as_dict() | {"drop": self.drop(arm)} for arm in self.arms]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +101,26 @@ def test_an_audit_is_complete_resumes_and_can_be_read(
     assert str(result.verdict(0.8)) in page and "identity linkage" in page and page.count("<svg") == 3
     assert "left out" in page and not any(f'{word}="http' in page for word in ("src", "href", "xlink:href"))
     assert html(again, keep_pictures=True).count("data:image") > page.count("data:image")
+
+    shown = again._repr_html_()
+    assert f"<td>0.8</td><td>{again.verdict(0.8)}</td>" in shown and "data:image" not in shown
+    for outcome in again.outcomes:
+        assert all(f"<td>{name}</td><td>{value:.3f}</td>" in shown for name, value in outcome.figures.items())
+
+
+def test_the_report_leaves_a_notebook_s_figures_alone() -> None:
+    code = "import matplotlib; matplotlib.use('svg'); import sfumato.auditing.report; print(matplotlib.get_backend())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "svg"
+
+
+def test_a_budget_of_one_s_own(protected: Protected, folder: Path, tmp_path: Path) -> None:
+    own = replace(
+        run.QUICKLY, name="own", records=PEOPLE * EACH - 10, effort=Effort(4, 8, 20, quiet=True), repeats=(3,)
+    )
+    result = audited(protected, folder, tmp_path, budget=own)
+    assert (result.conditions["budget"], result.conditions["records"]) == ("own", PEOPLE * EACH - 10)
+    assert any("psnr of 3" in o.figures for o in result.outcomes)
 
 
 def test_a_planted_leak_breaks_the_verdict(protected: Protected, folder: Path, tmp_path: Path) -> None:

@@ -133,9 +133,10 @@ def test_a_killed_export_leaves_no_model(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("sfumato.outside.repository.write_bytes", killed)
-        repository.write(plan, models)
+        with pytest.raises(KeyboardInterrupt):
+            repository.write(plan, models)
     assert not list(models.glob("*/config.pbtxt")) and not list(tmp_path.glob(".sfumato-*"))
     assert len(repository.write(plan, models)) == 3 and len(list(models.glob("*/config.pbtxt"))) == 3
 

@@ -9,16 +9,13 @@ import io
 from typing import Any
 
 import cv2
-import matplotlib
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
 
 from sfumato.attack.base import Outcome
 from sfumato.auditing.run import Audit
 from sfumato.auditing.verdict import LIMITS, weak, worst
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 _SHOWN = 6  # pictures of an attack
 _MINIATURE, _BLUR = 48, 6.0
@@ -84,7 +81,8 @@ def _series(result: Audit) -> dict[str, list[tuple[float, dict[str, float]]]]:
 
 def _frontier(result: Audit) -> str:
     """Utility against the best attacker, ours and the baselines."""
-    figure, axes = plt.subplots(1, len(_AXES), figsize=(10, 4))
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots(1, len(_AXES))
     for axis, (short, label) in zip(axes, _AXES, strict=True):
         for number, (tap, points) in enumerate(_series(result).items()):
             both = sorted((u, most[short]) for u, most in points if short in most)
@@ -102,7 +100,8 @@ def _averaging(result: Audit) -> str | None:
     outcomes = [o for o in result.outcomes if o.attacker == "averaging" and o.figures]
     if not outcomes:
         return None
-    figure, axis = plt.subplots(figsize=(5, 3.2))
+    figure = Figure(figsize=(5, 3.2))
+    axis = figure.subplots()
     for outcome in outcomes:
         numbers = [int(key.rsplit(" ", 1)[1]) for key in outcome.figures]
         axis.plot(numbers, list(outcome.figures.values()), "o-", label=f"alpha {outcome.alpha:g}")
@@ -118,7 +117,8 @@ def _curves(result: Audit) -> str | None:
     names = list(dict.fromkeys(o.attacker for o in learned))
     if not names:
         return None
-    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.2), squeeze=False)
+    figure = Figure(figsize=(3.6 * len(names), 3.2))
+    axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for outcome in (o for o in learned if o.attacker == name):
             label = outcome.tap if outcome.alpha is None else f"{outcome.tap} {outcome.alpha:g}"
@@ -128,11 +128,10 @@ def _curves(result: Audit) -> str | None:
     return _svg(figure)
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.tight_layout()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

@@ -45,8 +45,9 @@ from sfumato.attack.reconstruction import LARGE, SMALL, Reconstruction
 from sfumato.attack.reuse import Reuse
 from sfumato.auditing import prey as records
 from sfumato.auditing.certificate import Certificate, certify
-from sfumato.auditing.verdict import Verdict, verdict, weak, worst
+from sfumato.auditing.verdict import LIMITS, Verdict, verdict, weak, worst
 from sfumato.core.digest import digest_of
+from sfumato.core.display import table
 from sfumato.core.errors import RequestError
 from sfumato.core.files import write_bytes
 from sfumato.core.sites import unfold
@@ -127,6 +128,34 @@ class Audit:
 
         write_bytes(Path(path), html(self, keep_pictures=keep_pictures).encode())
 
+    def _repr_html_(self) -> str:
+        """Verdicts, then every attacker's figures beside what no information gives; no pictures of records."""
+        verdicts = [
+            (f"{a:g}", self.verdict(a), *(_figure(worst(self.against(a)), short) for short in LIMITS))
+            for a in self.alphas
+        ]
+        outcomes = [
+            (
+                o.attacker,
+                o.tap,
+                "" if o.alpha is None else f"{o.alpha:g}",
+                name,
+                f"{value:.3f}",
+                _figure(o.anchors, name),
+            )
+            for o in self.outcomes
+            for name, value in o.figures.items()
+        ]
+        names = ("identity AUC", "TAR at FAR .01", "dB above the mean picture")
+        first = table(("alpha", "verdict", *names), verdicts, title="The best attackers")
+        head = ("attacker", "sees", "alpha", "figure", "reached", "no information")
+        notes = (
+            table((), [[sentence] for sentence in weak(self.clean)], title="The control is weak")
+            if weak(self.clean)
+            else ""
+        )
+        return first + table(head, outcomes, title="All attackers") + notes
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: everything but pictures."""
         rows = [
@@ -146,12 +175,16 @@ class Audit:
         }
 
 
+def _figure(figures: dict[str, float], name: str) -> str:
+    return f"{figures[name]:.3f}" if name in figures else "not measured"
+
+
 def audit(
     protected: Protected,
     folder: str | Path,
     *,
     alphas: Sequence[float] = (0.8, 0.95),
-    budget: str = "quick",
+    budget: str | Budget = "quick",
     recogniser: Path | None = None,
     work: str | Path = "audit-work",
     size: int = SIZE,
@@ -161,9 +194,10 @@ def audit(
 ) -> Audit:
     """Attack releases of the images in `folder` (one folder a person, where identity is to be attacked).
 
-    Raises RequestError for an unknown budget or a client without its server, DatasetError for too few images.
+    `budget`: "quick", "full" or a `Budget` of your own. Raises RequestError for an unknown budget or a client without
+    its server, DatasetError for too few images.
     """
-    if budget not in BUDGETS:
+    if isinstance(budget, str) and budget not in BUDGETS:
         raise RequestError(f"budget {budget!r}", wanted=" or ".join(BUDGETS), do="--budget quick")
     if protected.outside is None or protected.reference is None:
         raise RequestError("only the trusted side is here", wanted="client and server artefacts, to measure utility")
@@ -172,7 +206,8 @@ def audit(
         raise RequestError(
             f"a model on {device}", wanted="one on the CPU, where attackers train", do='load(device="cpu")'
         )
-    run = _Run(_sized(protected, size), Path(folder), BUDGETS[budget], Path(work), size, seed, recogniser, quiet)
+    much = budget if isinstance(budget, Budget) else BUDGETS[budget]
+    run = _Run(_sized(protected, size), Path(folder), much, Path(work), size, seed, recogniser, quiet)
     return run.all(tuple(alphas), limits or {})
 
 

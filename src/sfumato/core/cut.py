@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from sfumato.core import plan as look
 from sfumato.core.digest import digest_of
+from sfumato.core.display import facts
 from sfumato.core.errors import CutError
 from sfumato.core.knife import Followed, Knife, Side, described, drop_unused, held, settle
 from sfumato.core.plan import Inputs, Plan
@@ -56,6 +57,9 @@ class Split:
 
     def __str__(self) -> str:
         return str(self.plan) if self.plan else f"cut after {self.at}"
+
+    def _repr_html_(self) -> str:
+        return self.plan._repr_html_() if self.plan else facts(str(self), {"plan": "give split an example"})
 
 
 def split(model: nn.Module, *, at: str | None = None, example: Tensor | Inputs | None = None) -> Split:

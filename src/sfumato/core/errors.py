@@ -17,6 +17,9 @@ SfumatoError                 1  the work failed
     └── WeightsError            weights that do not fit the model
 """
 
+import linecache
+import os
+
 __all__ = [
     "AlphaError",
     "ArtefactError",
@@ -40,6 +43,18 @@ class SfumatoError(Exception):
     """The work failed. Never shows the content of a record."""
 
     exit_code = 1
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints in place of a page of frames: the line that called sfumato, and the message."""
+        return [*self._called(), f"{type(self).__name__}: {self}"]
+
+    def _called(self) -> list[str]:
+        package, frame, line = os.path.dirname(os.path.dirname(__file__)), self.__traceback__, ""
+        while frame is not None and not frame.tb_frame.f_code.co_filename.startswith(package):
+            number = frame.tb_lineno
+            line = linecache.getline(frame.tb_frame.f_code.co_filename, number).strip()
+            frame = frame.tb_next
+        return [f"line {number}: {line}"] if line else []
 
 
 class ServerError(SfumatoError):

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from sfumato.core.display import facts
 from sfumato.core.errors import CutError
 
 FP32_BYTES = 4
@@ -41,6 +42,15 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return FP32_BYTES * prod(self.shape[1:])
+
+    def _repr_html_(self) -> str:
+        total = max(self.head_macs + self.tail_macs, 1)
+        head, tail = (
+            f"{parameters:,} parameters, {macs:,} multiply-adds ({macs / total:.0%})"
+            for parameters, macs in ((self.head_parameters, self.head_macs), (self.tail_parameters, self.tail_macs))
+        )
+        crosses = f"{list(self.shape)}, {self.nbytes:,} bytes a record in fp32"
+        return facts(f"Cut after {self.at} ({self.route})", {"head": head, "crosses": crosses, "tail": tail})
 
     def __str__(self) -> str:
         total = max(self.head_macs + self.tail_macs, 1)

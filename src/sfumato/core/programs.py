@@ -35,6 +35,7 @@ def channel_axis(cut: Tensor) -> int:
 def program(module: nn.Module, example: Tensor, fixed: Sequence[int], place: Path) -> None:
     """A torch.export program of one input, of which the axes `fixed` keep their size. Raises RequestError."""
     with _traced("python"):
+        module(example)
         exported = torch.export.export(module.eval(), (example,), dynamic_shapes=(_open(example, fixed),))
         torch.export.save(exported, place)
 
@@ -49,6 +50,7 @@ def onnx(
 ) -> None:
     """ONNX with weights inside; `facts` become its metadata. Raises RequestError, also where onnxscript is absent."""
     with _traced("onnxruntime"):
+        module(*inputs.values())  # what a module computes once and keeps must not be a tracer's stand-in
         shapes = tuple(_open(example, fixed.get(name, ())) for name, example in inputs.items())
         made = torch.onnx.export(
             module.eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
@@ -62,6 +64,7 @@ def onnx(
 def script(module: nn.Module, examples: Sequence[Tensor], place: Path) -> None:
     """TorchScript by tracing. Raises RequestError."""
     with _traced("pytorch"):
+        module(*examples)
         torch.jit.save(torch.jit.trace(module.eval(), tuple(examples), check_trace=False), place)
 
 

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfumato.core.display import table
 from sfumato.core.errors import ReleaseError
 
 MAGIC = b"SFUM"
 VERSION = 3
 MOST = 2**28  # codes of one release, unpacked: a forged header must not be able to ask for all memory
+_SHOWN = 32  # records in a notebook
 _HEAD = struct.Struct("<4sBBHHIII32s")
 
 
@@ -43,6 +45,16 @@ class Release:
         if self.sites == (0, 0):
             high, wide = self.tensor.shape[2:]
             object.__setattr__(self, "sites", (high * self.block, wide * self.block))
+
+    def _repr_html_(self) -> str:
+        """A row a record: what leaves, and the most it can carry."""
+        title = f"{self.nbytes:,} bytes leave: int8 codes {list(self.tensor.shape)} of obfuscator {self.digest[:12]}"
+        sites = self.sites[0] * self.sites[1]
+        rows = [
+            (number, f"{alpha:g}", f"{bits:,.0f}", f"{bits / sites:.2f}")
+            for number, (alpha, bits) in enumerate(zip(self.alpha.tolist(), self.bits.tolist(), strict=True))
+        ]
+        return table(("record", "alpha", "bits, at most", "a site"), rows[:_SHOWN], title=title)
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.core.display import table
 from sfumato.core.task import Image, Outputs
+
+_SHOWN = 5  # classes in a notebook
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,12 @@ class Classified:
     label: int
     name: str
     probabilities: np.ndarray
+
+    def _repr_html_(self) -> str:
+        best = np.argsort(-self.probabilities, kind="stable")[:_SHOWN]
+        return table(
+            ("class", "probability"), [(label, f"{self.probabilities[label]:.3f}") for label in best], title=self.name
+        )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfumato.core.display import table
 from sfumato.core.task import Image
 
 # arXiv 1708.05234 section 3.2 and table 1: (stride, ((anchor side, densification), ...)) per stage.
@@ -16,6 +17,7 @@ STAGES = ((32, ((32, 4), (64, 2), (128, 1))), (64, ((256, 1),)), (128, ((512, 1)
 VARIANCES = (0.1, 0.2)  # of the SSD box coding FaceBoxes trains with (arXiv 1512.02325 section 2.2)
 # One rule for every arm, the public FaceBoxes test settings: keep .05, 5,000 into NMS at IoU .3, 750 out.
 KEEP, BEFORE_NMS, NMS_IOU, AFTER_NMS = 0.05, 5000, 0.3, 750
+_SHOWN = 20  # detections in a notebook
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,11 @@ class Detections:
         """Those that score at least `score`."""
         keep = self.scores >= score
         return Detections(self.boxes[keep], self.scores[keep])
+
+    def _repr_html_(self) -> str:
+        rows = [[f"{value:g}" for value in row.values()] for row in self.as_rows()[:_SHOWN]]
+        more = f", the best {_SHOWN} shown" if len(self) > _SHOWN else ""
+        return table(("x1", "y1", "x2", "y2", "score"), rows, title=f"{len(self)} found{more}")
 
     def as_rows(self) -> list[dict[str, float]]:
         """One dict a face, for JSON and CSV."""
