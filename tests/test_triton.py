@@ -234,6 +234,22 @@ def test_a_device_without_torch_speaks_to_it(
     assert len(found.above(0.5).scores) >= 1
 
 
+@pytest.mark.parametrize("script", ["client.py", "tr_4928.py"])
+def test_the_examples_run(server: serving.Server, photographs: list[Image], tmp_path: Path, script: str) -> None:
+    import cv2
+
+    cv2.imwrite(str(tmp_path / "photograph.png"), photographs[0])
+    path = Path(__file__).resolve().parent.parent / "examples" / "triton" / script
+    url = urls(server)["grpc"] if script == "client.py" else f"127.0.0.1:{server.http}"
+    done = subprocess.run(
+        [sys.executable, str(path), url, "photograph.png"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "photograph.png: 1 faces" in done.stdout
+    assert ("the server answered" if script == "client.py" else "inference_count") in done.stdout
+    assert (tmp_path / "photograph-faces.jpg").exists() == (script == "client.py")
+
+
 class Tapped:
     """Forwards a port and keeps what passes towards the server."""
 

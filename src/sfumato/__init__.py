@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from sfumato.core.obfuscator import Obfuscator
     from sfumato.facade import fit, load
     from sfumato.measurement import measure
+    from sfumato.trusted.client import AsyncClient, Client
 
 __version__ = "0.1.0"
 
-__all__ = ["Obfuscator", "__version__", "audit", "fit", "load", "measure", "split"]
+__all__ = ["AsyncClient", "Client", "Obfuscator", "__version__", "audit", "fit", "load", "measure", "split"]
 
 _HOMES = {
+    "AsyncClient": "sfumato.trusted.client",
+    "Client": "sfumato.trusted.client",
     "Obfuscator": "sfumato.core.obfuscator",
     "audit": "sfumato.auditing.run",
     "fit": "sfumato.facade",

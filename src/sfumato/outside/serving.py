@@ -53,7 +53,10 @@ class Server:
                 self.process.wait(within)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        return self.process.wait()
+        code = self.process.wait()
+        with contextlib.suppress(ProcessLookupError):  # a server that was killed leaves its backends behind
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return code
 
 
 def binary(given: str | None = None) -> Path:
