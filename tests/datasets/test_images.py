@@ -239,3 +239,12 @@ def test_threads_leave_the_log_and_the_warnings_as_they_were(tmp_path: Path) -> 
     assert shapes == {(400, 300, 3)}
     assert images.LOG.getLogLevel() == level
     assert list(warnings.filters) == filters
+
+
+def test_bytes_are_read_as_files_are_within_bounds_of_the_callers() -> None:
+    np.testing.assert_array_equal(images.decode(encoded(".png", PICTURE), "it"), PICTURE)
+    np.testing.assert_array_equal(images.decode(encoded(".png", PICTURE), "it", pixels=40 * 60), PICTURE)
+    with pytest.raises(ImageError, match="it: an image of more than"):
+        images.decode(encoded(".png", PICTURE), "it", pixels=2399)
+    with pytest.raises(ImageError, match="it: not an image"):
+        images.decode(encoded(".bmp", PICTURE), "it", formats=("PNG", "JPEG"))

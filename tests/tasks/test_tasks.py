@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sfumato.core.errors import RequestError
+from sfumato.core.errors import ImageError, RequestError
 from sfumato.core.task import Task
 from sfumato.facade import face_split
 from sfumato.tasks.classification import Classification
@@ -42,6 +42,18 @@ def test_preprocessing_is_the_public_one() -> None:
     assert x.shape == (3, *SIZE)
     assert x[:, 5, 6].tolist() == pytest.approx([float(v) - m for v, m in zip(picture[5, 6], MEAN_BGR, strict=True)])
     assert FaceDetection(size=None).preprocess(picture[:50]).shape == (3, 50, 128)
+
+
+def test_what_the_model_takes_is_a_picture_again() -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (*SIZE, 3), np.uint8)
+    x = FACES.preprocess(picture).numpy()
+    assert np.array_equal(FACES.picture(x), picture)
+    assert np.array_equal(FaceDetection(size=None).picture(x[:, :7]), picture[:7])
+    wrong = [x + 0.5, x + 256, x - 256, x[:, :7], x[:2], x[None], x[:, :0]]
+    wrong += [np.full_like(x, value) for value in (np.nan, np.inf)]
+    for one in wrong:
+        with pytest.raises(ImageError):
+            FACES.picture(one)
 
 
 def test_distance_is_zero_at_the_teacher_and_grows() -> None:

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from sfumato.core.errors import AlphaError, GuardError, LedgerError, RequestError, SfumatoError
+from sfumato.core.errors import (
+    AlphaError,
+    GuardError,
+    LedgerError,
+    PolicyError,
+    RequestError,
+    ServerError,
+    SfumatoError,
+)
 from sfumato.core.obfuscator import Shape
 from sfumato.core.release import Release
 from sfumato.tasks.classification import Classification
@@ -175,7 +183,7 @@ def test_past_the_policy_nothing_is_released(tmp_path: Path) -> None:
         door(picture())
     with pytest.raises(LedgerError):
         door(picture())
-    with pytest.raises(LedgerError):
+    with pytest.raises(PolicyError):
         door([picture(1), picture()])  # one of them is past it: none leaves
     assert door.ledger.totals().records == 1
     with pytest.raises(LedgerError):
@@ -303,6 +311,14 @@ def test_a_server_that_does_not_answer_well_is_an_error(tmp_path: Path, recorder
 def test_addresses_that_would_show_the_release_are_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(RequestError):
         Client(url, guard(tmp_path))
+
+
+def test_an_output_that_is_missing_is_an_error_too(tmp_path: Path, recorder: Recorder) -> None:
+    door = guard(tmp_path)
+    recorder.wrong = [{"name": "OUTPUT__7", "datatype": "FP32", "shape": [1, 2], "data": [0.5, 0.5]}]
+    with pytest.raises(ServerError, match="for 1 records") as error:
+        client(recorder, door)(door(picture()))
+    assert error.value.status == "wrong"
 
 
 def test_no_server_is_an_error_that_names_no_content(tmp_path: Path, recorder: Recorder) -> None:

@@ -15,6 +15,7 @@ from sfumato.cli.demo import demo
 from sfumato.cli.detect import detect
 from sfumato.cli.doctor import doctor
 from sfumato.cli.fit import fit
+from sfumato.cli.gateway import gateway
 from sfumato.cli.key import key
 from sfumato.cli.ledger import ledger
 from sfumato.cli.measure import measure
@@ -75,6 +76,15 @@ app.command(epilog=examples("sfumato key tenant.key"))(guarded(key, resume=_AGAI
 app.command(
     epilog=examples("sfumato ledger ledger.db", "sfumato ledger ledger.db --photograph ward.jpg --key tenant.key")
 )(guarded(ledger, resume=_AGAIN))
+app.command(
+    epilog=examples(
+        "sfumato gateway --upstream grpcs://inference.example:8001 --ledger ledger.db --key tenant.key",
+        "sfumato gateway --upstream grpc://127.0.0.1:8001 --ledger ledger.db --key tenant.key --http-port 9000"
+        " --grpc-port 9001",
+        "sfumato gateway --upstream https://inference.example --ledger ledger.db --key tenant.key --host 0.0.0.0"
+        " --tls-cert cert.pem --tls-key key.pem --api-keys keys.txt --max-releases 100",
+    )
+)(guarded(gateway, resume=_AGAIN))
 app.command(epilog=examples("sfumato doctor --dataset FDDB"))(guarded(doctor, resume=_AGAIN))
 
 benches = typer.Typer(

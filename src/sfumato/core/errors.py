@@ -10,7 +10,8 @@ SfumatoError                 1  the work failed
     ├── DeviceError             a device this machine does not have
     ├── GuardError              what is about to leave is no release of this guard's
     ├── ImageError              not an image, or one out of bounds
-    ├── LedgerError             refused by the policy, or a ledger that cannot be used
+    ├── LedgerError             a ledger that cannot be used
+    │   └── PolicyError         a release past the ledger's policy
     ├── OutputError             the output place cannot be written
     ├── ReleaseError            bytes that are not a release of this obfuscator
     ├── TenantKeyError          a tenant key that is not there, not private or no key
@@ -30,6 +31,7 @@ __all__ = [
     "ImageError",
     "LedgerError",
     "OutputError",
+    "PolicyError",
     "ReleaseError",
     "RequestError",
     "ServerError",
@@ -105,7 +107,11 @@ class ImageError(RequestError):
 
 
 class LedgerError(RequestError):
-    """A release that the policy refuses, or a ledger that cannot be used. Nothing was entered, so nothing may leave."""
+    """A ledger that cannot be used. Nothing was entered, so nothing may leave."""
+
+
+class PolicyError(LedgerError):
+    """A release that the ledger's policy refuses. Nothing was entered, so nothing may leave."""
 
 
 class OutputError(RequestError):

@@ -8,7 +8,7 @@ file as the caller wrote it, or as `called` says, and nothing of what is in it.
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -51,8 +51,12 @@ def read(path: str | os.PathLike[str], *, called: str | None = None) -> np.ndarr
     image, cut short, or of more than MAX_PIXELS.
     """
     name = called or os.fspath(path)
-    data = _contents(Path(path), name)
-    orientation = _header(data, name)
+    return decode(_contents(Path(path), name), name)
+
+
+def decode(data: bytes, name: str, *, formats: Sequence[str] = FORMATS, pixels: int = MAX_PIXELS) -> np.ndarray:
+    """`read` for the bytes of a file that errors call `name`; of these formats, and of so many pixels at most."""
+    orientation = _header(data, name, formats, pixels)
     if data.startswith(b"\xff\xd8") and not _jpeg_ends(data):
         _refuse(f"{name}: a JPEG that is cut short")
     image = _decode(data)
@@ -96,24 +100,24 @@ def _contents(path: Path, name: str) -> bytes:
     return data
 
 
-def _header(data: bytes, name: str) -> int:
+def _header(data: bytes, name: str, formats: Sequence[str], most: int) -> int:
     """The EXIF orientation still to be applied; size, and checksums where the format has them (PNG), are in order."""
     with HEADERS, warnings.catch_warnings():
         # Pillow warns of odd metadata, which is dropped here anyway; of what others warn nothing is hidden.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
+            with Image.open(io.BytesIO(data), formats=tuple(formats)) as header:
                 width, height = header.size
-                if width * height <= MAX_PIXELS:
+                if width * height <= most:
                     orientation = 1 if header.format == "TIFF" else _orientation(header)  # OpenCV turns TIFF itself
                     header.verify()
         except Image.DecompressionBombError:
             width, height = MAX_PIXELS, 2  # Pillow's own bound, above ours, fires before it tells the size
         except Exception:  # damaged bytes raise whatever the format's parser stumbles on
             _refuse(f"{name}: not an image")
-    if width * height > MAX_PIXELS:
-        most = f"{MAX_PIXELS // 10**6} megapixels"
-        raise ImageError(f"{name}: an image of more than {most}", wanted=f"at most {most}", do="make it smaller first")
+    if width * height > most:
+        told = f"{most / 10**6:.3g} megapixels"
+        raise ImageError(f"{name}: an image of more than {told}", wanted=f"at most {told}", do="make it smaller first")
     return orientation
 
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -74,11 +74,15 @@ class TLS:
 
 @dataclass(frozen=True)
 class Served:
-    """What the server says of the model: facts of sfumato's export, most records at once, names of the outputs."""
+    """What the server says of the model: facts of sfumato's export, most records at once, names of the outputs.
+
+    `metadata` is what the protocol has of it.
+    """
 
     facts: Mapping[str, str]
     batch: int
     outputs: tuple[str, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Base:
@@ -125,7 +129,7 @@ class _Base:
         if restored and self.guard.protected.outside is None:
             raise ServerError(f"{self.model} wants restored releases, and the restorer is not here", status="wrong")
         outputs = tuple(given["name"] for given in metadata.get("outputs", ()))
-        return Served(facts, max(1, int(config.get("max_batch_size", 1))), outputs)
+        return Served(facts, max(1, int(config.get("max_batch_size", 1))), outputs, metadata)
 
     def _requests(self, payload: object, served: Served) -> list[wire.Tensors]:
         """What is sent, a request for each run of records of one alpha. Raises GuardError before anything is."""
@@ -211,7 +215,9 @@ class _Base:
 
     def _channel(self) -> dict[str, Any]:
         """Of a gRPC connection."""
-        made: dict[str, Any] = {"ssl": self.secure, "channel_args": [("grpc.max_receive_message_length", MOST)]}
+        again = ("grpc.max_reconnect_backoff_ms", round(1000 * _LONGEST))  # without it, two minutes after an outage
+        limit = ("grpc.max_receive_message_length", MOST)
+        made: dict[str, Any] = {"ssl": self.secure, "channel_args": [limit, again]}
         if self.secure:
             ca, key, cert = (None if p is None else str(p) for p in (self.tls.ca, self.tls.key, self.tls.cert))
             self.tls.files()
@@ -333,7 +339,7 @@ class AsyncClient(_Base):
         """As of `Client`."""
         self.guard.open(payload)
         served = await self.served()
-        requests = self._requests(payload, served)
+        requests = await asyncio.to_thread(self._requests, payload, served)
         answers = await asyncio.gather(*(self._tried(partial(self._once, r, served)) for r in requests))
         return self._joined(answers, requests)
 
@@ -343,9 +349,14 @@ class AsyncClient(_Base):
 
     async def served(self) -> Served:
         """As of `Client`."""
-        if self._known is None:
-            self._known = await self._tried(self._ask)
-        return self._known
+        return self._known or await self.ask()
+
+    async def ask(self) -> Served:
+        """What the server says now, for the calls after this one. Raises ServerError."""
+        self._known = None
+        known: Served = await self._tried(self._ask)
+        self._known = known
+        return known
 
     async def close(self) -> None:
         """The connections."""
@@ -385,7 +396,8 @@ class AsyncClient(_Base):
 
     async def _once(self, request: wire.Tensors, served: Served) -> Answers:
         inputs = self._inputs(request)
-        answer = await self._link.infer(self.model, inputs, headers=self.headers, **self._settings())
+        plain = {} if self.grpc else {"Accept-Encoding": "identity"}  # aiohttp would ask for gzip, which takes longer
+        answer = await self._link.infer(self.model, inputs, headers={**plain, **self.headers}, **self._settings())
         return tuple(answer.as_numpy(name) for name in served.outputs)
 
     async def _tried(self, ask: Callable[[], Any]) -> Any:

@@ -46,7 +46,8 @@ class Guard:
     def __call__(self, what: Image | Sequence[Image], alpha: channel.Alpha = 0.8) -> Release:
         """One record or several of one input size -> their release, all of them entered.
 
-        Raises AlphaError, ImageError, and LedgerError where the policy forbids one of them: then none is released.
+        Raises AlphaError, ImageError, PolicyError where one of them is past the policy, and LedgerError: then none is
+        released.
         """
         records = [what] if isinstance(what, np.ndarray) else list(what)
         release = self.protected(records, alpha)

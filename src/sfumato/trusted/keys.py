@@ -57,7 +57,7 @@ def tenant_key(uri: str) -> bytes:
     if _SCHEME.match(uri) and not uri.startswith("file:"):
         raise TenantKeyError("a tenant key at an address of another kind", wanted=_KINDS, do=f"{_NEW}; then name FILE")
     path = uri.removeprefix("file:")
-    return _decoded(_read(path, "tenant key", 2 * KEY_BYTES + 2), path)
+    return _decoded(private(path, "tenant key", 2 * KEY_BYTES + 2), path)
 
 
 def new_key_file(path: Path) -> None:
@@ -106,8 +106,11 @@ def _decoded(text: bytes, where: str) -> bytes:
 # Files
 
 
-def _read(path: str, what: str, size: int) -> bytes:
-    """A file's first size + 1 bytes. Raises TenantKeyError where others could read it or put it there."""
+def private(path: str, what: str, size: int) -> bytes:
+    """A file's first size + 1 bytes; errors call it `what`.
+
+    Raises TenantKeyError where others could read it or put it there.
+    """
     try:
         real = Path(os.path.realpath(path))
         _guarded(real)
@@ -210,7 +213,7 @@ def _pairs(text: str, between: str) -> Iterator[tuple[str, str]]:
 
 
 def _pin(path: str) -> str:
-    text = _read(path, "PIN", _PIN_BYTES)
+    text = private(path, "PIN", _PIN_BYTES)
     try:
         pin = text.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:

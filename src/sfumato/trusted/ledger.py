@@ -41,7 +41,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from sfumato.core.errors import LedgerError
+from sfumato.core.errors import LedgerError, PolicyError
 
 SCHEMA = 1  # version of the tables below
 CODE_BYTES = 16  # of a record's code and of a draw: no two alike by chance before some 2^64 of them
@@ -200,13 +200,13 @@ class Ledger:
     def enter(self, entries: Sequence[Entry]) -> list[Exposure]:
         """Counts releases before they leave, all or none -> for each entry its record's exposure after all of them.
 
-        Raises LedgerError where the policy forbids one of them or the ledger cannot be written: nothing is entered
-        then, and nothing of the batch may leave.
+        Raises PolicyError where the policy forbids one of them and LedgerError where the ledger cannot be written:
+        nothing is entered then, and nothing of the batch may leave.
         """
         for entry in entries:
             least = float(np.float32(self.policy.min_alpha))  # as releases count it: .9 is no float32
             if not entry.alpha >= least:  # true of a NaN
-                raise LedgerError(
+                raise PolicyError(
                     f"alpha = {entry.alpha:g} for record {_name(entry.record)}",
                     wanted=f"at least {self.policy.min_alpha:g}, by the policy",
                     do=f"--alpha {self.policy.min_alpha:g}",
@@ -287,13 +287,13 @@ class Ledger:
     def _permit(self, record: bytes, exposure: Exposure) -> None:
         bits, releases = self.policy.max_bits_per_record, self.policy.max_releases
         if bits is not None and not exposure.bits <= bits:
-            raise LedgerError(
+            raise PolicyError(
                 f"record {_name(record)} would have let out {exposure.bits:.6g} bits",
                 wanted=f"at most {bits:.6g}, by the policy",
                 do="send a release of it that has left already, or nothing of it",
             )
         if releases is not None and not exposure.releases <= releases:
-            raise LedgerError(
+            raise PolicyError(
                 f"record {_name(record)} would have been sent {exposure.releases} times",
                 wanted=f"at most {releases}, by the policy",
                 do="send nothing of it any more",

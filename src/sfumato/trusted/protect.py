@@ -107,11 +107,12 @@ class Protected:
 
     def at(self, alpha: float) -> Fused:
         """The obfuscator at one alpha, kept for the next time."""
-        if alpha not in self._fused:
-            if len(self._fused) == _KEPT:
-                self._fused.clear()
-            self._fused[alpha] = Fused(self.obfuscator, alpha)
-        return self._fused[alpha]
+        kept = self._fused.get(alpha)
+        if kept is None:
+            if len(self._fused) >= _KEPT:
+                self._fused.clear()  # by another thread perhaps
+            kept = self._fused[alpha] = Fused(self.obfuscator, alpha)
+        return kept
 
     def postprocess(self, raw: Any, size: tuple[int, int] | None = None) -> Any:
         """What the outside returned -> the task's result: one for a single record, a list for a batch.

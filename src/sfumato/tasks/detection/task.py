@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.core.errors import RequestError
+from sfumato.core.errors import ImageError, RequestError
 from sfumato.core.task import Image, Outputs
 from sfumato.tasks.detection.boxes import Detections, detect, priors
 from sfumato.tasks.detection.precision import average_precision
 
 MEAN_BGR = (104.0, 117.0, 123.0)
 VIEWS_SEED = 1708
+WHOLE = 1e-3  # how far from a whole number a value of a picture may be: float32 has 1e-5 there
 FOUND = 0.2  # the teacher's detections that count as faces when agreement is scored
 
 
@@ -52,6 +53,22 @@ class FaceDetection:
         centred = record.astype(np.float32) - np.asarray(MEAN_BGR, np.float32)
         # As channels-last memory: half the head's time on a CPU, the same values.
         return torch.from_numpy(centred).permute(2, 0, 1)
+
+    def picture(self, x: np.ndarray) -> Image:
+        """Inverse of `preprocess` for a picture of the input's size: float [3, height, width] -> BGR uint8 [H, W, 3].
+
+        Raises ImageError for another size, and for values that no 8-bit picture has.
+        """
+        if x.ndim != 3 or len(x) != 3 or x.shape[1:] != (self.size or x.shape[1:]) or not x.size:
+            high, wide = self.size or ("H", "W")
+            raise ImageError(f"a tensor of shape {list(x.shape)} a record", wanted=f"[3, {high}, {wide}]")
+        plain = np.ascontiguousarray(x.transpose(1, 2, 0)) + np.asarray(MEAN_BGR, np.float32)
+        found = np.rint(np.clip(plain, 0, 255))
+        if not (np.abs(plain - found) <= WHOLE).all():  # of nan and inf neither is true
+            wanted = "an 8-bit BGR picture minus (104, 117, 123), resized before it was made float"
+            raise ImageError("a tensor that is no 8-bit picture", wanted=wanted, do="send the picture itself, as IMAGE")
+        picture: Image = found.astype(np.uint8)
+        return picture
 
     def outputs(self, raw: Any) -> Outputs:
         loc, conf = raw

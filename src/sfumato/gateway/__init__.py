@@ -1,0 +1,1 @@
+"""Runs inside the trust zone: speaks the Open Inference Protocol to unchanged clients, sends only releases outside."""
