@@ -119,8 +119,11 @@ def help_of(*verb: str) -> str | None:
 def check_sfumato(words: list[str]) -> Iterator[str]:
     verb = words[1:2] if len(words) > 1 and not words[1].startswith("-") else []
     shown = help_of(*verb)
+    if shown is not None and "COMMAND [ARGS]" in shown and len(words) > 2 and not words[2].startswith("-"):
+        verb = words[1:3]  # a verb of verbs, such as `sfumato export triton`
+        shown = help_of(*verb)
     if shown is None:
-        yield f"`{' '.join(words[:2])}`: no such verb"
+        yield f"`{' '.join(['sfumato', *verb])}`: no such verb"
         return
     for option in (word.partition("=")[0] for word in words[1:] if word.startswith("-") and not is_number(word)):
         if option != "--help" and not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", shown):
