@@ -129,7 +129,11 @@ def run_all(page: "Page") -> dict[str, Any]:
     page.wait_for_timeout(500)  # a menu takes no click in the moment it opens
     item.click()
 
+    asked = page.locator(".jp-Dialog button", has_text="Select")  # which kernel, where it has not started yet
+
     def done() -> bool:
+        if asked.count():
+            asked.last.click()
         shown = prompts.all_inner_texts()
         return bool(failed.count()) or (shown[-1] != before and not any("*" in prompt for prompt in shown))
 
