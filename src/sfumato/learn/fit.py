@@ -119,7 +119,8 @@ class Trainer:
         if obfuscator is None or restorer is None:
             self._start()
         self.optimiser, self.schedule = self._optimiser()
-        self.average = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        forgotten = max(1 - 0.999, min(1.0, 5 / settings.steps))  # of what the fit began from, e^-5 is left at its end
+        self.average = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(1 - forgotten))
         self.step, self.whole = 0, True
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"score": -1.0, "state": self.student.state_dict(), "since": 0}
