@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sfumato.core.files import atomic
 from sfumato.core.obfuscator import Obfuscator, Shape
 from sfumato.core.restorer import Restorer
 from sfumato.core.task import Image, Task
-from sfumato.learn import cache
+from sfumato.learn import cache, identity
 from sfumato.learn.fit import Fitted, Settings, Trainer
 from sfumato.outside.model import Outside
 from sfumato.tasks.detection.faceboxes import FaceBoxes, with_weights
@@ -136,6 +136,7 @@ def fit(
     settings: Settings | None = None,
     shape: Mapping[str, Any] | None = None,
     start: str | Path | None = None,
+    recogniser: identity.Recognise | None = None,
     device: str | None = "auto",
     half: bool = False,
     quiet: bool = False,
@@ -145,9 +146,14 @@ def fit(
     `start`: a folder of artefacts. With an adapted tail the fit begins from their obfuscator and restorer, and from
     their tail where they were fitted to this very model, from that of `cut` where not; with a frozen tail their
     obfuscator is kept as it is: one client serves both kinds of server.
-    `out/work` holds the head's clean outputs and the checkpoint: it belongs inside the trust zone.
+    `recogniser`: square pictures of one subject each -> embeddings; with it, the fit plays against being recognised
+    (`settings.identity`), where the task says where subjects are.
+    `out/work` holds the head's clean outputs, the recogniser's answers and the checkpoint: it belongs inside the trust
+    zone.
     """
     settings, where, place = settings or Settings(), device_of(device), Path(out)
+    if recogniser is None or settings.tail == "frozen":
+        settings = replace(settings, identity=0.0)
     place.mkdir(parents=True, exist_ok=True)
     _keep_pairs(place, settings.tail, start)
     key = f"{cut.digest()}:{cut.at}"
@@ -155,10 +161,16 @@ def fit(
     sizes = Shape(channels=int(held.z.shape[1]), **{"block": _block(held.ndim, held.z.shape[2:]), **(shape or {})})
     if sizes.sent >= artefact.MAX_WIDTH:
         raise RequestError(f"{sizes.k} channels in blocks of {sizes.block}", wanted=f"k block^2 < {artefact.MAX_WIDTH}")
+    subjects = None
+    if recogniser is not None and settings.identity:
+        tail = _own(cut.tail, where)
+        subjects = identity.find(tail, task, recogniser, records, held, place / "work", device=where, quiet=quiet)
     begun = _begin(start, cut, keep=settings.tail == "frozen")
     work = place / "work" / settings.tail
     work.mkdir(parents=True, exist_ok=True)
-    fitted = Trainer(cut.tail, task, held, work, settings, sizes, device=where, quiet=quiet, **begun).run()
+    fitted = Trainer(
+        cut.tail, task, held, work, settings, sizes, subjects=subjects, device=where, quiet=quiet, **begun
+    ).run()
     facts = {"records": len(held) // held.views, "views": held.views, "data": held.digest, **asdict(settings)}
     _write(place, cut, task, fitted, settings.tail, held.ndim, facts, half=half)
     return load(place, cut=cut, task=task, tail=settings.tail, device=str(where))

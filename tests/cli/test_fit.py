@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,6 +129,8 @@ def test_what_is_refused(cli: Cli, tiny: "Tiny", photos: Path, tmp_path: Path) -
         "no such file": words(tiny, photos, tmp_path / "out2", "--steps", "2", "--start", str(tmp_path)),
         "--steps": words(tiny, photos, tmp_path / "out3", "--steps", "0"),
         "--privacy": words(tiny, photos, tmp_path / "out3", "--privacy", "-1"),
+        "none.onnx: no such file": words(tiny, photos, tmp_path / "out5", "--recogniser", "none.onnx"),
+        "--identity": words(tiny, photos, tmp_path / "out5", "--identity", "-1"),
         "cuda": words(tiny, photos, tmp_path / "out4", "--device", "gpu"),
     }
     for says, case in cases.items():
@@ -136,6 +138,32 @@ def test_what_is_refused(cli: Cli, tiny: "Tiny", photos: Path, tmp_path: Path) -
         assert ran.code == 2, says
         assert says in ran.err
         assert "Traceback" not in ran.err
+
+
+def test_a_recogniser_is_shown_faces_and_played_against(
+    cli: Cli, tiny: "Tiny", photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Colours:
+        def __init__(self, path: Path, crop: float) -> None:
+            assert (path.name, crop) == ("colours.onnx", 1.0)
+
+        def embed(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+            seen.extend(picture.shape for picture in pictures)
+            return np.stack([picture.mean((0, 1)) for picture in pictures])
+
+    monkeypatch.setattr("sfumato.attack.recogniser.Recogniser", Colours)
+    # a detector of random weights is sure of nothing, and finds what is small
+    monkeypatch.setattr("sfumato.tasks.detection.task.SURE", 0.0)
+    monkeypatch.setattr("sfumato.learn.identity.SMALLEST", 0)
+    out = tmp_path / "out"
+    ran = cli(*words(tiny, photos, out, "--steps", "7", "--recogniser", "colours.onnx", "--identity", "2", "--quiet"))
+    assert ran.code == 0, ran.err
+    assert len(seen) > 12
+    assert all(height == width and channels == 3 for height, width, channels in seen)
+    header, _ = artefact.read(out / "client.safetensors", side="client")
+    assert header.fit["identity"] == 2.0
 
 
 @pytest.mark.parametrize("steps", [1, 9])

@@ -116,6 +116,15 @@ def test_a_fit_stops_early_when_nothing_improves(cut: Split, tmp_path: Path) -> 
     assert artefact.read(tmp_path / CLIENT, side="client")[0].metrics["steps"] < 40
 
 
+def test_the_average_that_ships_forgets_what_the_fit_began_from(fitted: Path, cut: Split, tmp_path: Path) -> None:
+    records, still = list(digits()[0][:400]), Settings(steps=1, batch=8, validations=1, lr=1e-12, tail_lr=1e-12)
+    fit(cut, records, task=TASK, out=tmp_path, settings=still, shape=SHAPE, device="cpu", quiet=True)
+    began, saved = (torch.load(place / "work/adapted/checkpoint.pt", weights_only=True) for place in (tmp_path, fitted))
+    name = "obfuscator.linear.weight"
+    student, average = (saved[side][key] for side, key in (("student", name), ("average", f"module.{name}")))
+    assert float((average - student).norm()) < 0.2 * float((student - began["student"][name]).norm())
+
+
 def test_other_settings_do_not_resume_a_checkpoint(fitted: Path, cut: Split) -> None:
     with pytest.raises(RequestError, match="other settings"):
         fit(

@@ -5,6 +5,7 @@ over all pairs; rank-1: how often the nearest other picture is of the same perso
 the share of the person's own pictures.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class Recogniser:
         self.session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.input, self.crop = self.session.get_inputs()[0].name, crop
 
-    def embed(self, pictures: np.ndarray) -> np.ndarray:
-        """Pictures [n, P, P, 3] uint8 BGR -> unit vectors [n, d]."""
+    def embed(self, pictures: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+        """Pictures [n, P, P, 3], or n of [P, P, 3] with a P of their own, uint8 BGR -> unit vectors [n, d]."""
         # One by one: published recognisers often have a fixed batch of one.
         faces = (self._face(picture)[None] for picture in pictures)
         found = np.concatenate([self.session.run(None, {self.input: face})[0] for face in faces])

@@ -9,6 +9,7 @@ from sfumato.cli.common import Device, DeviceOption, Quiet, Tail, Weights, note,
 
 if TYPE_CHECKING:
     from sfumato.datasets.folder import Photographs
+    from sfumato.learn.identity import Recognise
     from sfumato.trusted.protect import Protected
 
 
@@ -27,6 +28,13 @@ def fit(
     privacy: Annotated[
         float, typer.Option(min=0.0, max=100.0, help="Weight of the adversary that rebuilds the picture.")
     ] = 0.5,
+    recogniser: Annotated[
+        Path | None,
+        typer.Option(help="Face recogniser as ONNX, [1, 3, 112, 112]: the fit plays against being recognised by it."),
+    ] = None,
+    identity: Annotated[
+        float, typer.Option(min=0.0, max=1000.0, help="Weight of the adversary that recognises, with --recogniser.")
+    ] = 10.0,
     size: Annotated[int, typer.Option(min=128, max=4096, help="Side of the input in pixels while fitting.")] = 1024,
     decoder_steps: Annotated[
         int, typer.Option(min=0, help="Train an attacker's decoder for so many steps afterwards: decoder.safetensors.")
@@ -43,7 +51,8 @@ def fit(
     from sfumato.learn.fit import Settings
     from sfumato.tasks.detection.task import FaceDetection
 
-    settings = Settings(tail=tail.value, steps=steps, batch=batch, seed=seed, privacy=privacy)
+    settings = Settings(tail=tail.value, steps=steps, batch=batch, seed=seed, privacy=privacy, identity=identity)
+    known = None if recogniser is None else _recogniser(recogniser)
     cut = facade.face_split(weights)
     writable(out / facade.CLIENT)
     photographs = _photographs(data, quiet)
@@ -54,6 +63,7 @@ def fit(
         out=out,
         settings=settings,
         start=start,
+        recogniser=known,
         device=device.value,
         half=half,
         quiet=quiet,
@@ -61,6 +71,12 @@ def fit(
     typer.echo(f"{out}: {facade.CLIENT} for the trust zone, {facade.SERVERS[tail.value]} for outside, card.md to read")
     if decoder_steps:
         _decoder(fitted, photographs, out, decoder_steps, seed, quiet)
+
+
+def _recogniser(path: Path) -> "Recognise":
+    from sfumato.attack.recogniser import Recogniser
+
+    return Recogniser(path, crop=1.0).embed  # a fit shows it the face alone
 
 
 def _photographs(data: Path, quiet: bool) -> "Photographs":

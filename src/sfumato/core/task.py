@@ -45,3 +45,12 @@ class Task(Protocol):
     def stages(self) -> tuple[str, ...]:
         """Names of tail submodules whose features are matched while fitting; () where none."""
         ...
+
+
+@runtime_checkable
+class WithSubjects(Task, Protocol):
+    """A task that can say where a record shows those whose identity a fit is to hide."""
+
+    def subjects(self, outputs: Outputs, size: tuple[int, int]) -> np.ndarray:
+        """Outputs of ONE record -> boxes [n, 4] x1 y1 x2 y2 in pixels of (height, width), the surest first."""
+        ...

@@ -27,6 +27,7 @@ from sfumato.core.restorer import Restorer
 from sfumato.core.sites import unfold
 from sfumato.core.task import Outputs, Task
 from sfumato.learn.cache import Cache
+from sfumato.learn.identity import Adversary, Subjects
 from sfumato.learn.objective import feature_error, linear_adversary, watched
 from sfumato.learn.start import initialise
 
@@ -48,6 +49,7 @@ class Settings:
     tail_lr: float = 2e-4
     features: float = 0.5
     privacy: float = 0.5
+    identity: float = 10.0
     validations: int = 20
     patience: int = 20
     held_out: float = 0.1
@@ -98,6 +100,7 @@ class Trainer:
         obfuscator: Obfuscator | None = None,
         restorer: Restorer | None = None,
         tail_state: dict[str, Tensor] | None = None,
+        subjects: Subjects | None = None,
         keep: bool = False,
         quiet: bool = False,
     ) -> None:
@@ -118,8 +121,13 @@ class Trainer:
         decoder.allocation = self.student.obfuscator.allocation
         if obfuscator is None or restorer is None:
             self._start()
+        self.subjects = None if subjects is None else subjects.digest
+        self.adversary: Adversary | None = None
+        if subjects is not None and settings.identity and not keep:
+            self.adversary = Adversary(subjects, cache, self.train_rows, encoder.shape.k).to(device)
         self.optimiser, self.schedule = self._optimiser()
-        self.average = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        forgotten = max(1 - 0.999, min(1.0, 5 / settings.steps))  # of what the fit began from, e^-5 is left at its end
+        self.average = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(1 - forgotten))
         self.step, self.whole = 0, True
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"score": -1.0, "state": self.student.state_dict(), "since": 0}
@@ -157,16 +165,17 @@ class Trainer:
         features = self.settings.features * (1 - self.step / self.settings.steps)
         loss = self.task.distance(outputs, teacher) + features * feature_error(seen, teacher_features)
         if patch is not None and self.settings.privacy and not self.given:
-            # Below PRIVATE_FROM too little is withheld for a linear adversary to be held off: the bits are the task's.
-            share = ((alpha - PRIVATE_FROM) / (1 - PRIVATE_FROM)).clamp_min(0)
             shown = self.student.obfuscator.estimate(y, alpha, (z.shape[2], z.shape[3]))
-            loss = loss - self.settings.privacy * share * linear_adversary(shown, patch).clamp(max=1.0)
+            loss = loss - self.settings.privacy * _share(alpha) * linear_adversary(shown, patch).clamp(max=1.0)
         # The errors of few bits are many times those of many bits, which would never be learned beside them.
         mean = ((1 - alpha).sqrt() * loss).mean()
+        self.whole = False  # an interrupt from here to the end of the step must not leave a checkpoint of half of it
+        if self.adversary is not None:
+            named, alpha = self.adversary(self.student.obfuscator, self.step, self._generator(self.step, stream=1))
+            mean = mean + self.settings.identity * ((1 - alpha).sqrt() * _share(alpha) * named).mean()
         self.optimiser.zero_grad(set_to_none=True)
         mean.backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
-        self.whole = False  # an interrupt from here to the end of the step must not leave a checkpoint of half of it
         self.optimiser.step()
         self.schedule.step()
         self.average.update_parameters(self.student)
@@ -174,8 +183,7 @@ class Trainer:
         return float(mean.detach())
 
     def _draw(self, step: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed((self.settings.seed << 32) + step)
-        batch = self.settings.batch
+        generator, batch = self._generator(step), self.settings.batch
         rows = self.train_rows[torch.randint(len(self.train_rows), (batch,), generator=generator).numpy()]
         z, patch = self._moved(*self.cache.batch(rows, self.device), generator)
         between = 1 - (1 - HIGHEST) ** torch.rand(batch, generator=generator)
@@ -183,6 +191,9 @@ class Trainer:
         between[-1] = HIGHEST
         noise = torch.randn(batch, *self.student.obfuscator.shape.codes(z.shape[2:]), generator=generator)
         return z, patch, between.to(self.device), noise.to(self.device, memory_format=torch.channels_last)
+
+    def _generator(self, step: int, stream: int = 0) -> torch.Generator:
+        return torch.Generator().manual_seed((self.settings.seed << 32) + (stream << 31) + step)
 
     def _moved(self, z: Tensor, patch: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Every record rolled by whole sites, half of them with a side of their neighbour's in the batch.
@@ -213,7 +224,8 @@ class Trainer:
         scores = {f"a{alpha:g}": self._agreement(model, alpha) for alpha in VALIDATED_AT}
         score = float(np.mean(list(scores.values())))
         self.history.append({"step": float(self.step), "loss": loss, "score": score, **scores})
-        better = score > self.best["score"]
+        # Agreement knows nothing of identity, which only falls as the fit goes on: there the last state counts.
+        better = self.adversary is not None or score > self.best["score"]
         if better:
             state = {k: v.detach().clone() for k, v in model.state_dict().items()}
             self.best = {"score": score, "state": state, "since": 0}
@@ -275,6 +287,8 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "history": self.history,
             "best": self.best,
+            "subjects": self.subjects,
+            "adversary": None if self.adversary is None else self.adversary.state_dict(),
         }
         buffer = BytesIO()  # torch.save into a file answers a full disk with a RuntimeError that does not say so
         torch.save(state, buffer)
@@ -285,8 +299,8 @@ class Trainer:
         if not path.exists():
             return
         saved = torch.load(path, map_location=self.device, weights_only=True)
-        now = {"settings": asdict(self.settings), "data": self.cache.digest}
-        now["shape"] = self.student.obfuscator.shape.as_dict()
+        now: dict[str, Any] = {"settings": asdict(self.settings), "data": self.cache.digest}
+        now |= {"shape": self.student.obfuscator.shape.as_dict(), "subjects": self.subjects}
         if any(saved.get(name) != value for name, value in now.items()):
             raise RequestError(
                 f"{path} belongs to a fit with other settings or other data",
@@ -297,16 +311,23 @@ class Trainer:
         self.average.load_state_dict(saved["average"])
         self.optimiser.load_state_dict(saved["optimiser"])
         self.schedule.load_state_dict(saved["schedule"])
+        if self.adversary is not None:
+            self.adversary.load_state_dict(saved["adversary"])
         self.step, self.history, self.best = saved["step"], saved["history"], saved["best"]
 
     def _finish(self) -> Fitted:
         self.student.load_state_dict(self.best["state"])
-        best = max(self.history, key=lambda row: row["score"])
+        best = self.history[-1 - int(self.best["since"])]
         scores = {k: v for k, v in best.items() if k not in ("step", "loss")}
         student = self.student.eval().requires_grad_(requires_grad=False)
         restorer = student.restorer
         restorer.allocation = deepcopy(student.obfuscator.allocation)
         return Fitted(student.obfuscator, restorer, student.tail, scores, self.step, self.history)
+
+
+def _share(alpha: Tensor) -> Tensor:
+    """How much of an adversary counts: below PRIVATE_FROM too little is withheld to hold it off."""
+    return ((alpha - PRIVATE_FROM) / (1 - PRIVATE_FROM)).clamp_min(0)
 
 
 def _divide(cache: Cache, settings: Settings) -> tuple[np.ndarray, np.ndarray]:

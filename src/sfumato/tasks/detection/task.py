@@ -24,6 +24,7 @@ MEAN_BGR = (104.0, 117.0, 123.0)
 VIEWS_SEED = 1708
 WHOLE = 1e-3  # how far from a whole number a value of a picture may be: float32 has 1e-5 there
 FOUND = 0.2  # the teacher's detections that count as faces when agreement is scored
+SURE = 0.9  # and as faces that a fit hides the identity of
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ class FaceDetection:
         if not any(len(boxes) for boxes in truth):
             raise RequestError("the model finds no face in the records held out", wanted="photographs with faces")
         return average_precision(found, truth)
+
+    def subjects(self, outputs: Outputs, size: tuple[int, int]) -> np.ndarray:
+        """Faces that the model is sure of."""
+        return self.postprocess(outputs, size).above(SURE).boxes
 
     def stages(self) -> tuple[str, ...]:
         return ("inception3", "conv3_2", "conv4_2")
