@@ -31,6 +31,7 @@ from sfumato.core.errors import RequestError, ServerError, SfumatoError
 from sfumato.core.release import Release
 from sfumato.core.task import Image
 from sfumato.trusted.guard import Guard
+from sfumato.trusted.links import MOST, AsyncStraight, Straight
 
 Answers = tuple[np.ndarray[Any, Any], ...]
 Compression = Literal["gzip", "deflate"]
@@ -40,7 +41,6 @@ _AGAIN = ("down", "busy")
 _BUSY = {"429", "502", "503", "504", "StatusCode.UNAVAILABLE", "StatusCode.RESOURCE_EXHAUSTED"}
 _SLOW = {"499", "408", "StatusCode.DEADLINE_EXCEEDED", "Deadline Exceeded"}
 _NOT_FOUND = {"404", "StatusCode.NOT_FOUND", "StatusCode.UNIMPLEMENTED", "405", "501"}
-MOST = 2**26  # bytes of an answer by gRPC: whoever is outside must not fill the memory inside
 
 
 @dataclass(frozen=True)
@@ -213,11 +213,17 @@ class _Base:
             return {"compression_algorithm": self.compression, "client_timeout": self.timeout}
         return {"request_compression_algorithm": self.compression}
 
+    def _asking(self) -> dict[str, Any]:
+        """Of a question about the model."""
+        more = {"as_json": True, "client_timeout": self.timeout} if self.grpc else {}
+        return {"headers": self.headers, **more}
+
     def _channel(self) -> dict[str, Any]:
         """Of a gRPC connection."""
         again = ("grpc.max_reconnect_backoff_ms", round(1000 * _LONGEST))  # without it, two minutes after an outage
         limit = ("grpc.max_receive_message_length", MOST)
-        made: dict[str, Any] = {"ssl": self.secure, "channel_args": [limit, again]}
+        direct = ("grpc.enable_http_proxy", 0)  # the environment's would see in clear what TLS does not wrap
+        made: dict[str, Any] = {"ssl": self.secure, "channel_args": [limit, again, direct]}
         if self.secure:
             ca, key, cert = (None if p is None else str(p) for p in (self.tls.ca, self.tls.key, self.tls.cert))
             self.tls.files()
@@ -260,8 +266,7 @@ class Client(_Base):
 
     def statistics(self) -> dict[str, Any]:
         """The server's counts and times for the model."""
-        more = {"as_json": True} if self.grpc else {}
-        told = self._tried(lambda: self._link.get_inference_statistics(self.model, headers=self.headers, **more))
+        told = self._tried(lambda: self._link.get_inference_statistics(self.model, **self._asking()))
         return dict(told)
 
     def close(self) -> None:
@@ -290,13 +295,13 @@ class Client(_Base):
                     self.address, ssl=self.secure, connection_timeout=self.timeout, network_timeout=self.timeout,
                     ssl_context_factory=self.tls.context if self.secure else None,
                 )  # fmt: skip
+                self._own.link._client_stub = Straight(self._own.link._client_stub)
         return self._own.link
 
     def _ask(self) -> Served:
-        more = {"as_json": True} if self.grpc else {}
-        metadata = self._link.get_model_metadata(self.model, headers=self.headers, **more)
+        metadata = self._link.get_model_metadata(self.model, **self._asking())
         try:
-            config = self._link.get_model_config(self.model, headers=self.headers, **more)
+            config = self._link.get_model_config(self.model, **self._asking())
         except Exception as error:
             if not _says(error, _NOT_FOUND):
                 raise
@@ -313,7 +318,7 @@ class Client(_Base):
         if not self.shared_memory:
             return _nothing()
         if not hasattr(self._own, "memory"):
-            self._own.memory = _Memory()
+            self._own.memory = _Memory({"client_timeout": self.timeout} if self.grpc else {})
         return self._own.memory.lent(self._link, inputs, request)  # type: ignore[no-any-return]
 
     def _tried(self, ask: Callable[[], Any]) -> Any:
@@ -381,13 +386,13 @@ class AsyncClient(_Base):
                 self._linked = library.InferenceServerClient(
                     self.address, ssl=self.secure, conn_timeout=self.timeout, ssl_context=context
                 )
+                self._linked._stub = AsyncStraight(self._linked._stub)
         return self._linked
 
     async def _ask(self) -> Served:
-        more = {"as_json": True} if self.grpc else {}
-        metadata = await self._link.get_model_metadata(self.model, headers=self.headers, **more)
+        metadata = await self._link.get_model_metadata(self.model, **self._asking())
         try:
-            config = await self._link.get_model_config(self.model, headers=self.headers, **more)
+            config = await self._link.get_model_config(self.model, **self._asking())
         except Exception as error:
             if not _says(error, _NOT_FOUND):
                 raise
@@ -415,7 +420,8 @@ class AsyncClient(_Base):
 class _Memory:
     """One region of system shared memory for the inputs of one connection, as large as the largest request was."""
 
-    def __init__(self) -> None:
+    def __init__(self, within: Mapping[str, float]) -> None:
+        self.within = within  # over HTTP the connection has a time of its own
         self.name, self.size, self.region = f"sfumato-{random.SystemRandom().getrandbits(64):016x}", 0, None
 
     @contextmanager
@@ -427,7 +433,7 @@ class _Memory:
             self.close(link)
             self.region = memory.create_shared_memory_region(self.name, f"/{self.name}", needed, create_only=True)
             self.size = needed
-            link.register_system_shared_memory(self.name, f"/{self.name}", needed)
+            link.register_system_shared_memory(self.name, f"/{self.name}", needed, **self.within)
         memory.set_shared_memory_region(self.region, list(request.values()))
         offset = 0
         for one, array in zip(inputs, request.values(), strict=True):
@@ -441,7 +447,7 @@ class _Memory:
 
         if self.region is not None:
             try:
-                link.unregister_system_shared_memory(self.name)
+                link.unregister_system_shared_memory(self.name, **self.within)
             except Exception:  # a server that is down holds nothing
                 self.size = 0
             memory.destroy_shared_memory_region(self.region)
