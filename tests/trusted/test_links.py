@@ -94,7 +94,7 @@ def test_an_answer_without_end_or_packed_is_none(
     assert error.value.status == "wrong" and len(server.bodies) == 1
 
 
-class _Silent(grpc.GenericRpcHandler):
+class _Silent(grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self, end: threading.Event) -> None:
         self.end = end
 
