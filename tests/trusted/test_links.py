@@ -11,10 +11,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from tritonclient.http import InferInput
 
 from sfumato.core.errors import ServerError
 from sfumato.trusted import links
-from sfumato.trusted.client import AsyncClient, Client
+from sfumato.trusted.client import AsyncClient, Client, _Memory
 from tests.trusted.recorder import Recorder, _Handler, recording
 from tests.trusted.test_guard import guard, picture
 
@@ -137,3 +138,21 @@ def test_no_proxy_of_the_environment_sees_what_stays_here(
     with pytest.raises(ServerError):
         ask(Client, "grpc://127.0.0.1:9", guard(tmp_path), timeout=2, retries=0)
     assert not lines
+
+
+def test_a_thread_that_ends_leaves_no_shared_memory(tmp_path: Path, server: Recorder) -> None:
+    class Link:
+        def register_system_shared_memory(self, *_: Any) -> None:
+            pass
+
+    with Client(server.url, guard(tmp_path), shared_memory=True) as client:
+
+        def lent() -> None:
+            with client._own.__dict__.setdefault("memory", _Memory({})).lent(Link(), [given], {"CODES": np.ones(4)}):
+                names.append(client._own.memory.name)
+
+        given, names = InferInput("CODES", [4], "FP64"), []  # type: ignore[var-annotated]
+        thread = threading.Thread(target=lent)
+        thread.start()
+        thread.join()
+        assert names and not Path("/dev/shm", names[0]).exists()

@@ -273,7 +273,8 @@ def _raw(data: memoryview, datatype: str, shape: tuple[int, ...]) -> Array | lis
 
 
 def _strings(data: memoryview, most: int) -> list[bytes]:
-    found, at = [], 0
+    found: list[bytes] = []
+    at = 0
     while at < len(data) and len(found) <= most:
         start = at + _PREFIX
         at = start + int.from_bytes(data[at:start], "little")

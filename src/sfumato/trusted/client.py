@@ -441,6 +441,10 @@ class _Memory:
             offset += array.nbytes
         yield
 
+    def __del__(self) -> None:
+        """A thread that ended closes nothing, and the region would outlive it."""
+        self.close(None)
+
     def close(self, link: Any) -> None:
         """Gone here, and there where the server still listens."""
         import tritonclient.utils.shared_memory as memory
