@@ -255,7 +255,11 @@ class Client(_Base):
         return self._joined([self._tried(partial(self._once, request, served)) for request in requests], requests)
 
     def detect(self, record: Image | Sequence[Image], alpha: channel.Alpha = 0.8) -> Any:
-        """The task's result for one record, or a list for several of one input size."""
+        """The task's result for one record, or a list for several of one input size.
+
+        The server is asked what it serves first: a release that is entered and cannot be sent is lost to its record.
+        """
+        assert self.served
         return self._results(self(self.guard(record, alpha)), record)
 
     @cached_property
@@ -350,6 +354,7 @@ class AsyncClient(_Base):
 
     async def detect(self, record: Image | Sequence[Image], alpha: channel.Alpha = 0.8) -> Any:
         """As of `Client`."""
+        await self.served()
         return self._results(await self(await asyncio.to_thread(self.guard, record, alpha)), record)
 
     async def served(self) -> Served:
