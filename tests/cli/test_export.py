@@ -1,8 +1,18 @@
 """`sfumato export` and `sfumato serve`: what they write, what they say, how they refuse."""
 
+import _thread
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pytest
+
+from sfumato.outside.serving import Server
 
 if TYPE_CHECKING:
     from tests.conftest import Ran
@@ -41,3 +51,53 @@ def test_help_shows_examples(cli: "Callable[..., Ran]") -> None:
     assert "sfumato export triton shipped models" in cli("export", "triton", "--help").out
     assert "sfumato export onnx device.onnx" in cli("export", "onnx", "--help").out
     assert "sfumato serve models" in cli("serve", "--help").out
+
+
+FAKE = """#!{python}
+import http.server, signal, sys
+given = dict(word[2:].split("=", 1) for word in sys.argv[1:] if "=" in word)
+class Ready(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+open({place!r}, "w").write(str(__import__("os").getpid()))
+http.server.HTTPServer(("127.0.0.1", int(given["http-port"])), Ready).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_no_server_is_left_when_serve_ends(tmp_path: Path, number: int) -> None:
+    program, place, model = tmp_path / "tritonserver", tmp_path / "pid", tmp_path / "models/m/config.pbtxt"
+    program.write_text(FAKE.format(python=sys.executable, place=str(place)))
+    program.chmod(0o755)
+    model.parent.mkdir(parents=True)
+    model.write_text("")
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--tritonserver", str(program)]
+    code = "from sfumato.cli.app import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "serve", str(model.parents[1]), *ports], stdout=subprocess.PIPE, text=True
+    ) as serve:
+        assert serve.stdout is not None
+        assert "models:  m" in serve.stdout.readline() and "http://" in serve.stdout.readline()
+        serve.send_signal(number)
+        assert serve.wait(30) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(place.read_text()), 0)
+
+
+def test_a_second_interrupt_ends_a_server_that_hangs() -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", deaf], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        timer = threading.Timer(0.5, _thread.interrupt_main)
+        timer.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                Server(process, "127.0.0.1", 0, 0, 0, ()).stop()
+            assert process.wait(5) == -signal.SIGKILL
+        finally:
+            process.kill()

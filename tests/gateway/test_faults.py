@@ -1,5 +1,6 @@
 """A server outside that is down, slow or lying, clients that are slow or too many, an end in mid-flight."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -16,9 +17,9 @@ import pytest
 import tritonclient.grpc as over_grpc
 from tritonclient.utils import InferenceServerException
 
-from sfumato.core.errors import AlphaError, RequestError
+from sfumato.core.errors import AlphaError, RequestError, ServerError
 from sfumato.gateway.server import Place
-from sfumato.gateway.service import Limits
+from sfumato.gateway.service import Limits, Service
 from tests.gateway.upstream import MODEL, SIDE, Running, Tail, ask, door, gateway, picture, sent, tail
 
 PATH = f"/v2/models/{MODEL}/infer"
@@ -69,6 +70,28 @@ def test_no_server_outside_is_503_and_costs_no_release(tmp_path: Path) -> None:
         assert ask(running.http, "GET", "/v2/health/ready")[0] == 503
         assert ask(running.http, "GET", "/v2/health/live")[0] == 200
         assert guard.ledger.totals().releases == 0
+
+
+def test_those_who_wait_for_a_server_outside_that_is_slow_ask_it_once(tmp_path: Path) -> None:
+    asked = []
+
+    class Outside:
+        async def ask(self) -> None:
+            asked.append(1)
+            await asyncio.sleep(0.1)
+            raise ServerError("it is away", status="down")
+
+        async def close(self) -> None:
+            pass
+
+    async def go() -> None:
+        service = Service(door(tmp_path), Outside())  # type: ignore[arg-type]
+        assert not any(await asyncio.gather(*(service.ready() for _ in range(50))))
+        assert len(asked) == 1
+        assert not await service.ready() and len(asked) == 2
+        await service.close()
+
+    asyncio.run(go())
 
 
 def test_a_server_that_comes_back_is_found(tmp_path: Path, outside: Tail) -> None:

@@ -1,6 +1,7 @@
 """What both protocols carry is read as tritonclient writes it and written as it reads it; refusals have their cases."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -156,3 +157,16 @@ def test_messages_that_are_none() -> None:
 def test_every_error_has_a_status(error: Exception, status: int) -> None:
     told = refusal(error)
     assert told.status == status and told.grpc == GRPC[status] and "/a/path" not in told.text
+
+
+@pytest.mark.parametrize("data", [["a" * 20_000, *[""] * 1000], [[1.0], "a"], [1.0, None], [True], [[1], 2], [10**400]])
+def test_data_that_are_no_numbers_take_no_memory(data: list[Any]) -> None:
+    told = {"name": "INPUT__0", "datatype": "FP32", "shape": [len(data)], "data": data}
+    body = json.dumps({"inputs": [told]}).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError):
+            from_rest(body, None, 1 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,26 @@ def test_a_graph_answers_no_other_obfuscator_and_no_part_of_a_block(
         assert np.isfinite(answer[0]).all() and np.isnan(answer[1]).all()
 
 
+@SCRIPT_WARNS
+@pytest.mark.parametrize("backend", ["onnxruntime", "pytorch"])
+@pytest.mark.parametrize("wrong", ["more", "fewer", "alpha"])
+def test_a_row_that_lies_costs_the_others_nothing(
+    plan: repository.Plan, tmp_path: Path, backend: str, wrong: str
+) -> None:
+    plan = dataclasses.replace(plan, backend=backend)
+    version = repository.write(plan, tmp_path / "models")[2]
+    inputs = {name: np.array(one) for name, one in tensors(plan, [0.8, 0.8], (6, 9))[0].items()}
+    inputs["CODES"] = np.ascontiguousarray(inputs["CODES"][:, :3])
+    inputs["CHANNELS"][:] = 0
+    inputs["CHANNELS"][:, 0] = 7
+    if wrong == "alpha":
+        inputs["ALPHA"][1] = 1
+    else:
+        inputs["CHANNELS"][1, 0] = {"more": 255, "fewer": 3}[wrong]
+    for answer in run(backend, version, inputs):
+        assert np.isfinite(answer[0]).all() and np.isnan(answer[1]).all()
+
+
 def test_the_configuration_says_what_goes_in_and_out(plan: repository.Plan, tmp_path: Path) -> None:
     repository.write(dataclasses.replace(plan, gpu=True, instances=2, batch=4), tmp_path / "models")
     told = (tmp_path / "models/seeing_release/config.pbtxt").read_text()
@@ -139,6 +162,67 @@ def test_a_killed_export_leaves_no_model(
             repository.write(plan, models)
     assert not list(models.glob("*/config.pbtxt")) and not list(tmp_path.glob(".sfumato-*"))
     assert len(repository.write(plan, models)) == 3 and len(list(models.glob("*/config.pbtxt"))) == 3
+
+
+def test_a_kill_between_a_version_and_its_configuration_is_made_good(
+    plan: repository.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, config = tmp_path / "models", tmp_path / "models/seeing_release/config.pbtxt"
+    repository.write(plan, models)
+    fitted = dataclasses.replace(plan, outside=Outside(plan.outside.restorer, plan.outside.tail, "ef" * 32))
+
+    def killed(path: Path, data: bytes) -> None:
+        if path == config:
+            raise KeyboardInterrupt
+        path.write_bytes(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sfumato.outside.repository.write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            repository.write(fitted, models)
+    assert DIGEST in config.read_text()
+    assert repository.write(fitted, models) == [models / "seeing_release/2"]
+    assert "ef" * 32 in config.read_text() and repository.write(fitted, models) == []
+
+
+def test_every_version_is_warmed_up_with_a_release_of_its_own(plan: repository.Plan, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    repository.write(plan, models)
+    other = Outside(plan.outside.restorer, plan.outside.tail, "ef" * 32)
+    for again in (dataclasses.replace(plan, size=(12, 12)), dataclasses.replace(plan, outside=other)):
+        repository.write(again, models)
+        told = (models / "seeing_release/config.pbtxt").read_text()
+        found = re.findall(r'key: "(\w+)" value: .*dims: \[(.*?)\] input_data_file: "(.*?)"', told)
+        assert [name for name, _, _ in found] == list(wire.TYPES)
+        for name, dims, file in found:
+            data = (models / "seeing_release/warmup" / file).read_bytes()
+            wide = 4 if wire.TYPES[name] in ("FP32", "INT32") else 1
+            assert len(data) == wide * math.prod(int(side) for side in dims.split(","))
+            assert name != "DIGEST" or data.hex() == again.outside.digest
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_model_of_another_origin_is_left_alone(plan: repository.Plan, tmp_path: Path, configured: bool) -> None:
+    file = tmp_path / "models/seeing_base/1/model.pt2"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"of another origin")
+    if configured:
+        (file.parents[1] / "config.pbtxt").write_text('backend: "python"')
+    with pytest.raises(RequestError, match="another origin"):
+        repository.write(plan, tmp_path / "models")
+    assert file.read_bytes() == b"of another origin"
+
+
+def test_two_exports_at_once_are_one_after_the_other(plan: repository.Plan, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with repository._alone(models):
+            second = pool.submit(repository.write, plan, models)
+            with pytest.raises(TimeoutError):
+                second.result(1)
+            assert not list(models.iterdir())
+        assert len(second.result(60)) == 3
 
 
 class Branching(nn.Module):

@@ -86,6 +86,20 @@ def test_what_is_no_number_is_no_answer(tmp_path: Path, server: Recorder) -> Non
         client(door(picture()))
 
 
+def test_a_server_that_is_away_costs_a_record_nothing(tmp_path: Path) -> None:
+    door, away = guard(tmp_path), "http://127.0.0.1:9"
+    with Client(away, door, retries=0) as client, pytest.raises(ServerError):
+        client.detect(picture())
+
+    async def go() -> None:
+        async with AsyncClient(away, door, retries=0) as client:
+            with pytest.raises(ServerError):
+                await client.detect(picture())
+
+    asyncio.run(go())
+    assert door.ledger.totals().releases == 0
+
+
 def test_records_of_several_alphas_are_several_requests_and_one_answer(tmp_path: Path, server: Recorder) -> None:
     door = guard(tmp_path)
     release = door([picture(n) for n in range(4)], [0.2, 0.2, 0.8, 0.2])

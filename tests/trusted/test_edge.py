@@ -16,7 +16,7 @@ from sfumato.core.task import Image
 from sfumato.tasks.detection.task import FaceDetection
 from sfumato.trusted import edge, onnx
 from sfumato.trusted.protect import Protected
-from tests.trusted.recorder import recording, released
+from tests.trusted.recorder import _Handler, recording, released
 from tests.trusted.test_fused import obfuscator
 
 SHAPE, DIGEST, SIDE = Shape(channels=6, k=5, bound=2.0, c_ref=7.5, context=4, block=3), "ab" * 32, 48
@@ -99,8 +99,50 @@ def test_what_is_sent_is_the_release_and_nothing_else(file: Path) -> None:
         server.wrong = [{"name": "OUTPUT__0", "datatype": "FP32", "shape": [9, 9], "data": [1.0]}]
         with pytest.raises(ServerError):
             edge.send(server.url, "m", tensors)
+        server.wrong = [{"name": "OUTPUT__0", "datatype": "FP32", "shape": [1, 1], "data": [float("nan")]}]
+        with pytest.raises(ServerError):
+            edge.send(server.url, "m", tensors)
     with pytest.raises(ServerError):
         edge.send(server.url, "m", tensors, timeout=2)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", b"HTTP/1.1 200 OK\r\n\r\n[]",
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, b'HTTP/1.1 200 OK\r\n\r\n{"outputs": []}',
+        b'HTTP/1.1 200 OK\r\n\r\n{"outputs": [{"datatype": "INT32", "shape": [1], "data": [99999999999]}]}',
+    ],
+)  # fmt: skip
+def test_answers_that_are_none(file: Path, answer: bytes) -> None:
+    class Says(_Handler):
+        def do_POST(self) -> None:  # noqa: N802
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(answer)
+            self.close_connection = True
+
+    with recording() as server:
+        server.RequestHandlerClass = Says
+        with pytest.raises(ServerError):
+            edge.send(server.url, "m", edge.Device(file).release(picture()), timeout=5)
+
+
+def test_no_proxy_of_the_environment_sees_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with recording() as server:
+        monkeypatch.setenv("http_proxy", server.url)
+        with pytest.raises(ServerError):
+            edge.send("http://127.0.0.1:9", "m", edge.Device(file).release(picture()), timeout=5)
+        assert not server.bodies
+
+
+def test_a_task_that_does_more_than_a_device_is_refused(protected: Protected, tmp_path: Path) -> None:
+    class Scaled(FaceDetection):
+        def preprocess(self, record: Image) -> Tensor:
+            return super().preprocess(record) / 255
+
+    scaled = Protected(protected.head, protected.obfuscator, Scaled(size=(SIDE, SIDE)), DIGEST)
+    with pytest.raises(RequestError):
+        onnx.export(scaled, 0.6, tmp_path / "x.onnx")
 
 
 @pytest.mark.parametrize("url", ["http://example.org", "ftp://127.0.0.1", "file:///etc", "127.0.0.1:8000"])

@@ -265,16 +265,17 @@ def _add(inputs: dict[str, Tensor], name: str, tensor: Tensor) -> None:
 
 def _raw(data: memoryview, datatype: str, shape: tuple[int, ...]) -> Array | list[bytes]:
     if datatype == "BYTES":
-        return _counted(_strings(data), shape)
+        return _counted(_strings(data, math.prod(shape)), shape)
     size = math.prod(shape) * np.dtype(DTYPES[datatype]).itemsize
     if len(data) != size:
         raise RequestError(f"{len(data)} bytes for a {datatype} tensor of shape {list(shape)}", wanted=f"{size}")
     return np.frombuffer(data, DTYPES[datatype]).reshape(shape)
 
 
-def _strings(data: memoryview) -> list[bytes]:
-    found, at = [], 0
-    while at < len(data):
+def _strings(data: memoryview, most: int) -> list[bytes]:
+    found: list[bytes] = []
+    at = 0
+    while at < len(data) and len(found) <= most:
         start = at + _PREFIX
         at = start + int.from_bytes(data[at:start], "little")
         if start > len(data) or at > len(data):
@@ -295,17 +296,18 @@ def _listed(values: Any, datatype: str, shape: tuple[int, ...]) -> Array | list[
         raise RequestError("an input without data", wanted="data, or binary_data_size")
     if datatype == "BYTES":
         return _counted([_decoded(one) for one in _flat(values)], shape)
-    try:
-        array = np.array(values)
-    except (ValueError, OverflowError, RecursionError):
-        array = np.empty(0, object)
     whole = datatype == "UINT8"
-    if array.dtype.kind not in ("iu" if whole else "iuf") and array.size:
+    # Of objects: where one is a string, an array of strings would give each of the others as much memory.
+    array = np.array(values, object)
+    if not set(map(type, array.flat)) <= ({int} if whole else {int, float}):
         raise RequestError("data that are not all numbers of the datatype", wanted=datatype)
     if array.size != math.prod(shape) or (whole and array.size and not 0 <= array.min() <= array.max() <= 255):
         raise RequestError(f"{array.size} values for a {datatype} tensor of shape {list(shape)}", wanted="those it has")
-    with np.errstate(over="ignore"):
-        return array.astype(DTYPES[datatype]).reshape(shape)
+    try:
+        with np.errstate(over="ignore"):
+            return array.astype(DTYPES[datatype]).reshape(shape)
+    except OverflowError:
+        raise RequestError("a number past what the datatype holds", wanted=datatype) from None
 
 
 def _flat(values: list[Any]) -> list[Any]:

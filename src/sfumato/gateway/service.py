@@ -88,6 +88,7 @@ class Service:
         self._asking = asyncio.Lock()
         self._served: Served | None = None
         self._asked_at = -math.inf
+        self._failed: tuple[float, ServerError | RequestError] | None = None
         self._shapes = lru_cache(8)(self._shapes_at)
 
     async def close(self) -> None:
@@ -126,11 +127,22 @@ class Service:
             self.log(line(call))
 
     async def served(self) -> Served:
-        """What the server outside serves, asked again after it failed. Raises ServerError."""
+        """What the server outside serves, asked again after it failed; those who wait share what one is told.
+
+        Raises ServerError, and RequestError where it cannot be asked.
+        """
+        loop = asyncio.get_running_loop()
+        came = loop.time()
         async with self._asking:
             if self._served is None:
-                self._served = await self.upstream.ask()
-                self._asked_at = asyncio.get_running_loop().time()
+                if self._failed is not None and self._failed[0] >= came:
+                    raise self._failed[1]
+                try:
+                    self._served = await self.upstream.ask()
+                except (ServerError, RequestError) as error:
+                    self._failed = loop.time(), error
+                    raise
+                self._asked_at = loop.time()
             return self._served
 
     async def ready(self) -> bool:

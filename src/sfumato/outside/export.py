@@ -20,7 +20,7 @@ class Named(nn.Module):
 
 
 class Answer(nn.Module):
-    """CODES, CHANNELS, ALPHA, SITES, DIGEST of `core.wire`, in whole blocks -> outputs; nan for another obfuscator.
+    """The tensors of `core.wire`, in whole blocks -> outputs; nan for a row that is no release of this obfuscator.
 
     A graph cannot refuse, and nan is the answer nobody takes for one.
     """
@@ -37,13 +37,18 @@ class Answer(nn.Module):
     ) -> tuple[Tensor, ...]:
         powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.int32, device=codes.device)
         sent, block = self.restorer.shape.sent, self.restorer.shape.block
-        mask = (torch.div(channels.int()[:, :, None], powers, rounding_mode="floor") % 2).flatten(1)[:, :sent]
-        place = (mask.cumsum(1) - 1).clamp_min(0)
+        bits = (torch.div(channels.int()[:, :, None], powers, rounding_mode="floor") % 2).flatten(1)
+        mask = bits[:, :sent]
+        count = torch.ones_like(codes[0, :, 0, 0], dtype=torch.int32).sum()  # a tracer would fix shapes as numbers
+        # A row that lies about its channels must cost the others of its batch nothing, so none is out of range.
+        place = torch.minimum(mask.cumsum(1) * mask, count)
         every = place[:, :, None, None].expand(-1, -1, codes.shape[2], codes.shape[3])
-        whole = codes.float().gather(1, every) * mask[:, :, None, None]
+        zeros = torch.zeros_like(alpha)[:, :, None, None].expand(-1, -1, codes.shape[2], codes.shape[3])
+        whole = torch.cat([zeros, codes.float()], 1).gather(1, every)
         restored = self.restorer.restore(whole, alpha[:, 0])
-        once = torch.ones_like(codes[0, 0], dtype=torch.int32)  # shapes as numbers would be fixed by a tracer
+        once = torch.ones_like(zeros[0, 0], dtype=torch.int32)
         covered = block * torch.stack([once[:, 0].sum(), once[0].sum()])
         right = (digest.int() == self.digest).all(1) & (sites == covered).all(1)
+        right &= (bits.sum(1) == count) & (mask.sum(1) == count) & (alpha >= 0).all(1) & (alpha < 1).all(1)
         answers = self.tail(unfold(restored, self.ndim))
         return tuple(torch.where(right.view(-1, *[1] * (answer.ndim - 1)), answer, torch.nan) for answer in answers)

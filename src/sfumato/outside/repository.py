@@ -9,13 +9,15 @@ model are written elsewhere on the same disk and renamed into place, so that a s
 one. The first model takes what must not leave the trust zone: it is there to compare with.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import py_compile
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -37,6 +39,7 @@ BACKENDS = ("python", "onnxruntime", "pytorch")
 BASE, NOISY, RELEASE = "base", "noisy", "release"
 WARM_ALPHA = 0.8
 _TYPES = {torch.float32: "TYPE_FP32", torch.float16: "TYPE_FP16", torch.int64: "TYPE_INT64", torch.int32: "TYPE_INT32"}
+_ABOUT = "sfumato.json"
 _FILES = {"onnxruntime": "model.onnx", "pytorch": "model.pt"}
 _MODEL = """import os
 import sys
@@ -109,10 +112,11 @@ def write(plan: Plan, repository: Path, *, told: Callable[[str], None] = lambda 
     written = []
     try:
         repository.mkdir(parents=True, exist_ok=True)
-        for kind, make in makers.items():
-            told(f"{plan.name}_{kind}")
-            made = _place(plan, repository / f"{plan.name}_{kind}", kind, make)
-            written += [made] if made else []
+        with _alone(repository):
+            for kind, make in makers.items():
+                told(f"{plan.name}_{kind}")
+                made = _place(plan, repository / f"{plan.name}_{kind}", kind, make)
+                written += [made] if made else []
     except OSError as error:
         raise OutputError(
             f"{repository}: {error.strerror}", wanted="a folder that can be written, on a disk with room", do="another"
@@ -124,29 +128,52 @@ def _place(plan: Plan, model: Path, kind: str, make: Callable[[Path], Sequence[s
     """The next version of one model."""
     facts = _facts(plan, kind)
     mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    before = _read(model / "config.pbtxt")
-    if not before:
-        shutil.rmtree(model, ignore_errors=True)  # what a kill left of a first export
-    newest = max((int(v.name) for v in model.glob("*") if v.name.isdigit()), default=0)
+    before, config = _read(model / "config.pbtxt"), model / "config.pbtxt"
+    versions = sorted((v for v in model.glob("*") if v.name.isdigit()), key=lambda v: int(v.name))
+    if not all((version / _ABOUT).is_file() for version in versions) or (before and not versions):
+        raise RequestError(f"{model} is of another origin", wanted="a model that sfumato exported, or none",
+                           do="export into an empty folder")  # fmt: skip
     if before and f'backend: "{plan.backend}"' not in before:
         raise RequestError(f"{model} is for another backend", wanted=plan.backend, do="export into an empty folder")
-    if newest and _read(model / str(newest) / "sfumato.json") == json.dumps({"mark": mark, **facts}):
-        return None
+    about = json.loads(_read(versions[-1] / _ABOUT)) if versions else {}
+    if about.get("mark") == mark and "config" in about:
+        if mark in before:
+            return None
+        write_bytes(config, about["config"].encode())  # a kill came between the version and its configuration
+        return versions[-1]
     model.mkdir(exist_ok=True)
+    newest = int(versions[-1].name) if versions else 0
     with tempfile.TemporaryDirectory(prefix=".sfumato-", dir=_beside(model)) as temporary:
         version, warmup = Path(temporary) / str(newest + 1), Path(temporary) / "warmup"
         version.mkdir()
-        outputs = make(version)
-        (version / "sfumato.json").write_text(json.dumps({"mark": mark, **facts}))
-        if kind == RELEASE and not (model / warmup.name).exists():
+        text = _config(plan, kind, {**facts, "mark": mark}, make(version))
+        (version / _ABOUT).write_text(json.dumps({"mark": mark, **facts, "config": text}))
+        if kind == RELEASE and not (model / warmup.name / mark).exists():
             _warm(plan, warmup)
-            os.rename(warmup, model / warmup.name)
-        for path in version.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+            (model / warmup.name).mkdir(exist_ok=True)
+            _readable(warmup)
+            os.rename(warmup, model / warmup.name / mark)
+        _readable(version)
         os.rename(version, model / version.name)
     # Last: without it the server takes the folder for no model, so it never sees half of a new one.
-    write_bytes(model / "config.pbtxt", _config(plan, kind, facts, outputs).encode())
+    write_bytes(config, text.encode())
     return model / version.name
+
+
+def _readable(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@contextmanager
+def _alone(repository: Path) -> Iterator[None]:
+    """One export to a repository at a time; the lock of one that was killed is gone with it."""
+    folder = os.open(repository, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _beside(model: Path) -> Path:
@@ -274,7 +301,7 @@ def _config(plan: Plan, kind: str, facts: Mapping[str, str], outputs: Sequence[s
         ]
         warm = [
             f'    inputs {{ key: "{name}" value: {{ data_type: TYPE_{wire.TYPES[name]} '
-            f'dims: {list(t.shape[1:])} input_data_file: "{name}" }} }}'
+            f'dims: {list(t.shape[1:])} input_data_file: "{facts["mark"]}/{name}" }} }}'
             for name, t in zeros.items()
         ]
     else:

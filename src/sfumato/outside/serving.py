@@ -47,16 +47,15 @@ class Server:
 
     def stop(self, *, within: float = 30.0) -> int:
         """Lets requests under way end, then ends; its exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            try:
-                self.process.wait(within)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-        code = self.process.wait()
-        with contextlib.suppress(ProcessLookupError):  # a server that was killed leaves its backends behind
-            os.killpg(self.process.pid, signal.SIGKILL)
-        return code
+        try:
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(within)
+        finally:  # whoever interrupts the wait does not mean to leave it running
+            with contextlib.suppress(ProcessLookupError):  # a server that was killed leaves its backends behind
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
 
 
 def binary(given: str | None = None) -> Path:

@@ -31,6 +31,7 @@ from sfumato.core.errors import RequestError, ServerError, SfumatoError
 from sfumato.core.release import Release
 from sfumato.core.task import Image
 from sfumato.trusted.guard import Guard
+from sfumato.trusted.links import MOST, AsyncStraight, Straight
 
 Answers = tuple[np.ndarray[Any, Any], ...]
 Compression = Literal["gzip", "deflate"]
@@ -40,7 +41,6 @@ _AGAIN = ("down", "busy")
 _BUSY = {"429", "502", "503", "504", "StatusCode.UNAVAILABLE", "StatusCode.RESOURCE_EXHAUSTED"}
 _SLOW = {"499", "408", "StatusCode.DEADLINE_EXCEEDED", "Deadline Exceeded"}
 _NOT_FOUND = {"404", "StatusCode.NOT_FOUND", "StatusCode.UNIMPLEMENTED", "405", "501"}
-MOST = 2**26  # bytes of an answer by gRPC: whoever is outside must not fill the memory inside
 
 
 @dataclass(frozen=True)
@@ -213,11 +213,17 @@ class _Base:
             return {"compression_algorithm": self.compression, "client_timeout": self.timeout}
         return {"request_compression_algorithm": self.compression}
 
+    def _asking(self) -> dict[str, Any]:
+        """Of a question about the model."""
+        more = {"as_json": True, "client_timeout": self.timeout} if self.grpc else {}
+        return {"headers": self.headers, **more}
+
     def _channel(self) -> dict[str, Any]:
         """Of a gRPC connection."""
         again = ("grpc.max_reconnect_backoff_ms", round(1000 * _LONGEST))  # without it, two minutes after an outage
         limit = ("grpc.max_receive_message_length", MOST)
-        made: dict[str, Any] = {"ssl": self.secure, "channel_args": [limit, again]}
+        direct = ("grpc.enable_http_proxy", 0)  # the environment's would see in clear what TLS does not wrap
+        made: dict[str, Any] = {"ssl": self.secure, "channel_args": [limit, again, direct]}
         if self.secure:
             ca, key, cert = (None if p is None else str(p) for p in (self.tls.ca, self.tls.key, self.tls.cert))
             self.tls.files()
@@ -249,7 +255,11 @@ class Client(_Base):
         return self._joined([self._tried(partial(self._once, request, served)) for request in requests], requests)
 
     def detect(self, record: Image | Sequence[Image], alpha: channel.Alpha = 0.8) -> Any:
-        """The task's result for one record, or a list for several of one input size."""
+        """The task's result for one record, or a list for several of one input size.
+
+        The server is asked what it serves first: a release that is entered and cannot be sent is lost to its record.
+        """
+        assert self.served
         return self._results(self(self.guard(record, alpha)), record)
 
     @cached_property
@@ -260,8 +270,7 @@ class Client(_Base):
 
     def statistics(self) -> dict[str, Any]:
         """The server's counts and times for the model."""
-        more = {"as_json": True} if self.grpc else {}
-        told = self._tried(lambda: self._link.get_inference_statistics(self.model, headers=self.headers, **more))
+        told = self._tried(lambda: self._link.get_inference_statistics(self.model, **self._asking()))
         return dict(told)
 
     def close(self) -> None:
@@ -290,13 +299,13 @@ class Client(_Base):
                     self.address, ssl=self.secure, connection_timeout=self.timeout, network_timeout=self.timeout,
                     ssl_context_factory=self.tls.context if self.secure else None,
                 )  # fmt: skip
+                self._own.link._client_stub = Straight(self._own.link._client_stub)
         return self._own.link
 
     def _ask(self) -> Served:
-        more = {"as_json": True} if self.grpc else {}
-        metadata = self._link.get_model_metadata(self.model, headers=self.headers, **more)
+        metadata = self._link.get_model_metadata(self.model, **self._asking())
         try:
-            config = self._link.get_model_config(self.model, headers=self.headers, **more)
+            config = self._link.get_model_config(self.model, **self._asking())
         except Exception as error:
             if not _says(error, _NOT_FOUND):
                 raise
@@ -313,7 +322,7 @@ class Client(_Base):
         if not self.shared_memory:
             return _nothing()
         if not hasattr(self._own, "memory"):
-            self._own.memory = _Memory()
+            self._own.memory = _Memory({"client_timeout": self.timeout} if self.grpc else {})
         return self._own.memory.lent(self._link, inputs, request)  # type: ignore[no-any-return]
 
     def _tried(self, ask: Callable[[], Any]) -> Any:
@@ -345,6 +354,7 @@ class AsyncClient(_Base):
 
     async def detect(self, record: Image | Sequence[Image], alpha: channel.Alpha = 0.8) -> Any:
         """As of `Client`."""
+        await self.served()
         return self._results(await self(await asyncio.to_thread(self.guard, record, alpha)), record)
 
     async def served(self) -> Served:
@@ -381,13 +391,13 @@ class AsyncClient(_Base):
                 self._linked = library.InferenceServerClient(
                     self.address, ssl=self.secure, conn_timeout=self.timeout, ssl_context=context
                 )
+                self._linked._stub = AsyncStraight(self._linked._stub)
         return self._linked
 
     async def _ask(self) -> Served:
-        more = {"as_json": True} if self.grpc else {}
-        metadata = await self._link.get_model_metadata(self.model, headers=self.headers, **more)
+        metadata = await self._link.get_model_metadata(self.model, **self._asking())
         try:
-            config = await self._link.get_model_config(self.model, headers=self.headers, **more)
+            config = await self._link.get_model_config(self.model, **self._asking())
         except Exception as error:
             if not _says(error, _NOT_FOUND):
                 raise
@@ -415,7 +425,8 @@ class AsyncClient(_Base):
 class _Memory:
     """One region of system shared memory for the inputs of one connection, as large as the largest request was."""
 
-    def __init__(self) -> None:
+    def __init__(self, within: Mapping[str, float]) -> None:
+        self.within = within  # over HTTP the connection has a time of its own
         self.name, self.size, self.region = f"sfumato-{random.SystemRandom().getrandbits(64):016x}", 0, None
 
     @contextmanager
@@ -427,7 +438,7 @@ class _Memory:
             self.close(link)
             self.region = memory.create_shared_memory_region(self.name, f"/{self.name}", needed, create_only=True)
             self.size = needed
-            link.register_system_shared_memory(self.name, f"/{self.name}", needed)
+            link.register_system_shared_memory(self.name, f"/{self.name}", needed, **self.within)
         memory.set_shared_memory_region(self.region, list(request.values()))
         offset = 0
         for one, array in zip(inputs, request.values(), strict=True):
@@ -435,13 +446,17 @@ class _Memory:
             offset += array.nbytes
         yield
 
+    def __del__(self) -> None:
+        """A thread that ended closes nothing, and the region would outlive it."""
+        self.close(None)
+
     def close(self, link: Any) -> None:
         """Gone here, and there where the server still listens."""
         import tritonclient.utils.shared_memory as memory
 
         if self.region is not None:
             try:
-                link.unregister_system_shared_memory(self.name)
+                link.unregister_system_shared_memory(self.name, **self.within)
             except Exception:  # a server that is down holds nothing
                 self.size = 0
             memory.destroy_shared_memory_region(self.region)

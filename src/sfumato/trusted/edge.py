@@ -8,6 +8,7 @@ A device has no ledger and no keyed noise: how often it may send one scene is fo
 gateway behind it.
 """
 
+import http.client
 import json
 import math
 import os
@@ -82,7 +83,8 @@ def send(
 ) -> list[np.ndarray[Any, Any]]:
     """Posts a request of the open inference protocol with binary tensors; its outputs, in order.
 
-    https, or http to this very machine. Raises RequestError for another address, ServerError where no answer came.
+    https, or http to this very machine, past any proxy of the environment. Raises RequestError for another address,
+    ServerError where no answer came, or one that is no number: so a server says that it is of another artefact.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -104,14 +106,18 @@ def send(
             told, size = answer.read(MOST + 1), answer.headers.get("Inference-Header-Content-Length")
     except urllib.error.HTTPError as error:
         raise ServerError(f"{parts.hostname} answered {error.code}", status="refused") from error
-    except OSError as error:
-        raise ServerError(f"{parts.hostname} cannot be reached", status="down") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerError(f"{parts.hostname} cannot be reached, or broke off", status="down") from error
     try:
         if len(told) > MOST:
             raise ValueError
-        return _outputs(told, len(told) if size is None else int(size))
-    except (ValueError, KeyError, TypeError) as error:
+        outputs = _outputs(told, len(told) if size is None else int(size))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ServerError(f"{parts.hostname} answered what cannot be read", status="wrong") from error
+    rows = {len(array) for array in tensors.values()}
+    if not outputs or any(a.ndim < 1 or {len(a)} != rows or not np.isfinite(a).all() for a in outputs):
+        raise ServerError(f"{parts.hostname} answered what is no number, or for other records", status="wrong")
+    return outputs
 
 
 class _Straight(urllib.request.HTTPRedirectHandler):
@@ -121,7 +127,7 @@ class _Straight(urllib.request.HTTPRedirectHandler):
         return None
 
 
-_DIRECT = urllib.request.build_opener(_Straight)
+_DIRECT = urllib.request.build_opener(_Straight, urllib.request.ProxyHandler({}))
 
 
 def _outputs(told: bytes, size: int) -> list[np.ndarray[Any, Any]]:

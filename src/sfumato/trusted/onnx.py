@@ -40,6 +40,10 @@ def export(protected: Protected, alpha: float, place: Path) -> dict[str, str]:
         raise RequestError("a task without an input size of its own", wanted="one size", do="--size 1024")
     record = np.zeros((*size, 3), np.uint8)
     x = torch.stack([protected.task.preprocess(record)] * 2)
+    noisy = np.random.default_rng(0).integers(0, 256, record.shape, np.uint8)  # of no symmetry
+    plain = torch.from_numpy(noisy).permute(2, 0, 1) + x[0].amax((1, 2), keepdim=True)
+    if not torch.allclose(protected.task.preprocess(noisy), plain, atol=1e-3):
+        raise RequestError("a task that does more to a picture than take its mean away", wanted="what a device does")
     z = protected.head(x)
     sites, fused = fold(z), _plain(protected.at(alpha))
     high, wide = protected.obfuscator.shape.codes(sites.shape[2:])[1:]
