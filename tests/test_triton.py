@@ -389,6 +389,13 @@ def test_serve_says_why_it_cannot(tmp_path: Path) -> None:
         pass
 
 
+def test_the_server_gets_no_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENANT_KEY", "secret")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    passed = serving._environment()
+    assert "secret" not in passed.values() and passed["OMP_NUM_THREADS"] == "1" and passed["PYTHONPATH"]
+
+
 def test_a_taken_port_is_not_asked_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

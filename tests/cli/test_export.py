@@ -26,9 +26,19 @@ def test_a_repository_of_the_shipped_artefacts(cli: "Callable[..., Ran]", tmp_pa
     again = cli("export", "triton", "shipped", models, "--size", 256)
     assert again.code == 0 and not again.out and "nothing was written" in again.err
     shown = cli("serve", models, "--print-command")
-    assert shown.code == 0 and shown.out.startswith("docker run") and f"{models}:/models:ro" in shown.out
+    assert shown.code == 2 and not shown.out and "--backend onnxruntime" in shown.err
     other = cli("export", "triton", "shipped", models, "--backend", "onnxruntime")
     assert other.code == 2 and "another backend" in other.err
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_the_command_for_the_official_image(cli: "Callable[..., Ran]", tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    assert cli("export", "triton", "shipped", models, "--size", 256, "--backend", "pytorch").code == 0
+    shown = cli("serve", models, "--print-command", "--poll")
+    assert shown.code == 0 and shown.out.startswith("docker run") and f"{models}:/models:ro" in shown.out
+    assert "--model-control-mode=poll" in shown.out
+    assert cli("serve", models, "--print-command", "--http-port", 0).code == 2
 
 
 def test_a_device(cli: "Callable[..., Ran]", tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ class Recorder(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.asked: list[str] = []
         self.statuses: list[int] = []  # of the next answers; 200 after them
+        self.said: dict[str, Any] = {}  # of the model, instead of what is so
         self.wrong: Any = None  # outputs to answer with instead of right ones
         super().__init__(("127.0.0.1", 0), _Handler)
 
@@ -41,7 +42,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, {"error": "no such thing in the open protocol"})
         inputs = [{"name": name, "datatype": kind, "shape": [-1]} for name, kind in wire.TYPES.items()]
         outputs = [{"name": "OUTPUT__0", "datatype": "FP32", "shape": [-1, 2]}]
-        return self._answer(200, {"name": "m", "versions": ["1"], "inputs": inputs, "outputs": outputs})
+        return self._answer(
+            200, {"name": "m", "versions": ["1"], "inputs": inputs, "outputs": outputs, **self.server.said}
+        )
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))

@@ -79,6 +79,27 @@ def test_a_server_that_lies_is_an_error(tmp_path: Path, server: Recorder, wrong:
     assert len(server.bodies) == 1
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"versions": 5},
+        {"versions": ["1" * 999]},
+        {"outputs": [{"name": ["OUTPUT__0"]}]},
+        {"outputs": ["OUTPUT__0"]},
+        {"inputs": 3},
+        {"inputs": [{"name": {}}]},
+    ],
+)
+def test_a_server_that_describes_itself_wrongly_is_sent_nothing(
+    tmp_path: Path, server: Recorder, said: dict[str, Any]
+) -> None:
+    door = guard(tmp_path)
+    server.said = said
+    with Client(server.url, door) as client, pytest.raises(ServerError) as error:
+        client(door(picture()))
+    assert error.value.status == "wrong" and server.bodies == []
+
+
 def test_what_is_no_number_is_no_answer(tmp_path: Path, server: Recorder) -> None:
     door = guard(tmp_path)
     server.wrong = [{"name": "OUTPUT__0", "datatype": "FP32", "shape": [1, 2], "data": [float("nan"), 0.0]}]

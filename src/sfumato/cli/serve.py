@@ -38,7 +38,7 @@ def serve(
     ports, extra = (http_port, grpc_port, metrics_port), option or []
     serving.models_of(repository)
     if docker or print_command:
-        command = serving.docker(repository, host, ports, extra)
+        command = serving.docker(repository, host, ports, poll=poll, extra=extra)
         typer.echo(shlex.join(command))
         if docker and not print_command:
             try:

@@ -31,6 +31,7 @@ IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
 PORTS = (8000, 8001, 8002)  # HTTP, gRPC, metrics: Triton's own
 _LEVELS = {"I": "info", "W": "warning", "E": "error", "F": "fatal"}
 _LINE = re.compile(r"^([IWEF])\d{4} (\d\d:\d\d:\d\d)\S* \S+ \S+\] (.*)$")
+_PASSED = ("CUDA_", "HOME", "LANG", "LC_", "NVIDIA_", "OMP_", "TMPDIR", "TORCH", "TZ")  # of the environment
 _LAST = 40  # lines of the log that an error shows
 
 
@@ -115,10 +116,25 @@ def arguments(
     return [*chosen, *extra]
 
 
-def docker(repository: Path, host: str, ports: Sequence[int], extra: Sequence[str] = ()) -> list[str]:
-    """The same with the official image: for repositories of the onnxruntime and pytorch backends."""
+def docker(
+    repository: Path, host: str, ports: Sequence[int], *, poll: bool = False, extra: Sequence[str] = ()
+) -> list[str]:
+    """The same with the official image. Raises RequestError for a repository of the python backend.
+
+    That needs torch and sfumato, which the image has not.
+    """
+    if any('backend: "python"' in path.read_text() for path in repository.glob("[!.]*/config.pbtxt")):
+        raise RequestError(
+            f"{repository} is for the python backend, and the official image has neither torch nor sfumato",
+            wanted="a repository of the onnxruntime or pytorch backend",
+            do="sfumato export triton shipped OTHER --backend onnxruntime",
+        )
+    if 0 in ports:
+        raise RequestError(
+            "port 0 with the official image", wanted="ports that can be published", do="--http-port 8000"
+        )
     published = [part for port in ports for part in ("-p", f"{host}:{port}:{port}")]
-    inside = arguments("/models", "0.0.0.0", ports, poll=False, extra=extra)
+    inside = arguments("/models", "0.0.0.0", ports, poll=poll, extra=extra)
     mounted = ["-v", f"{repository.resolve()}:/models:ro"]
     return [
         "docker",
@@ -247,8 +263,9 @@ def _environment() -> dict[str, str]:
     library = sysconfig.get_config_var("LIBDIR") or ""
     before = os.environ.get("LD_LIBRARY_PATH", "")
     found = [path for path in sys.path if path and Path(path).exists()]
+    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED)}
     return {
-        **os.environ,
+        **passed,  # no more: a tenant key may stand in the environment, and the server is outside
         "LD_LIBRARY_PATH": ":".join(part for part in (library, before) if part),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join(found),

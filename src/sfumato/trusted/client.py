@@ -37,6 +37,7 @@ Answers = tuple[np.ndarray[Any, Any], ...]
 Compression = Literal["gzip", "deflate"]
 PORTS = {"http": 8000, "https": 443, "grpc": 8001, "grpcs": 443}
 _PAUSE, _LONGEST = 0.1, 2.0  # seconds before the second try, doubled for each further one
+_LONGEST_NAME = 256
 _AGAIN = ("down", "busy")
 _BUSY = {"429", "502", "503", "504", "StatusCode.UNAVAILABLE", "StatusCode.RESOURCE_EXHAUSTED"}
 _SLOW = {"499", "408", "StatusCode.DEADLINE_EXCEEDED", "Deadline Exceeded"}
@@ -111,6 +112,12 @@ class _Base:
 
     def _served(self, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> Served:
         """Raises ServerError for a model that does not take releases of this guard's obfuscator."""
+        try:
+            return self._read(metadata, config)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ServerError(f"{self.model} describes itself in a way that cannot be read", status="wrong") from error
+
+    def _read(self, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> Served:
         inputs = {given["name"] for given in metadata.get("inputs", ())}
         if config:
             inputs = {given["name"] for given in config.get("input", ())}
@@ -129,11 +136,14 @@ class _Base:
         if restored and self.guard.protected.outside is None:
             raise ServerError(f"{self.model} wants restored releases, and the restorer is not here", status="wrong")
         outputs = tuple(given["name"] for given in metadata.get("outputs", ()))
+        told = [*outputs, *metadata.get("versions", ())]
+        if not all(isinstance(name, str) and len(name) <= _LONGEST_NAME for name in told):
+            raise ValueError
         return Served(facts, max(1, int(config.get("max_batch_size", 1))), outputs, metadata)
 
-    def _requests(self, payload: object, served: Served) -> list[wire.Tensors]:
-        """What is sent, a request for each run of records of one alpha. Raises GuardError before anything is."""
-        release = Release.from_bytes(self.guard.open(payload))
+    def _requests(self, opened: bytes, served: Served) -> list[wire.Tensors]:
+        """What is sent for the bytes the guard opened, a request for each run of records of one alpha."""
+        release = Release.from_bytes(opened)
         protected, block = self.guard.protected, release.block
         if served.facts.get("whole_blocks") == "true" and any(side % block for side in release.sites):
             raise RequestError(
@@ -249,9 +259,9 @@ class Client(_Base):
 
     def __call__(self, payload: object) -> Answers:
         """OUTPUT__0, OUTPUT__1 ... of every record of a release."""
-        self.guard.open(payload)  # before the server is asked what it serves
+        opened = self.guard.open(payload)  # before the server is asked what it serves
         served = self.served
-        requests = self._requests(payload, served)
+        requests = self._requests(opened, served)
         return self._joined([self._tried(partial(self._once, request, served)) for request in requests], requests)
 
     def detect(self, record: Image | Sequence[Image], alpha: channel.Alpha = 0.8) -> Any:
@@ -259,7 +269,7 @@ class Client(_Base):
 
         The server is asked what it serves first: a release that is entered and cannot be sent is lost to its record.
         """
-        assert self.served
+        _ = self.served
         return self._results(self(self.guard(record, alpha)), record)
 
     @cached_property
@@ -346,9 +356,9 @@ class AsyncClient(_Base):
 
     async def __call__(self, payload: object) -> Answers:
         """As of `Client`."""
-        self.guard.open(payload)
+        opened = self.guard.open(payload)
         served = await self.served()
-        requests = await asyncio.to_thread(self._requests, payload, served)
+        requests = await asyncio.to_thread(self._requests, opened, served)
         answers = await asyncio.gather(*(self._tried(partial(self._once, r, served)) for r in requests))
         return self._joined(answers, requests)
 
