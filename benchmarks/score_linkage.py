@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sfumato.attack.base import FULL, Clean, Releases
+from sfumato.attack.base import FULL, Clean, Releases, Tap
 from sfumato.attack.identity import Linkage
 from sfumato.attack.recogniser import Recogniser
 from sfumato.auditing import prey
@@ -38,7 +38,8 @@ def main() -> None:
         f"{len(found.test)} records to test on, {effort.tested} at most, {effort.steps} steps; {protected.digest[:16]}"
     )
     print(f"{'alpha':8}{'AUC':>8}{'TAR .01':>9}{'scene':>8}")
-    for tap in (Clean(), *(Releases(protected, alpha) for alpha in args.alpha or (0.8, 0.95))):
+    taps: list[Tap] = [Clean(), *(Releases(protected, alpha) for alpha in args.alpha or (0.8, 0.95))]
+    for tap in taps:
         f = attacker.attack(found, tap, effort).figures
         name = "clean" if tap.alpha is None else f"{tap.alpha:g}"
         print(f"{name:8}{f['auc']:8.3f}{f['tar at far 1e-2']:9.3f}{f['auc without the middle']:8.3f}", flush=True)
