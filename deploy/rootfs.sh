@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What deploy/Containerfile adds to its base, as a folder: for clusters that take root file systems where no image can be
-# built. Its base is a root file system of Debian 12 with python3.11. Usage: deploy/rootfs.sh FOLDER
+# What deploy/Containerfile adds to its base, as a folder: for clusters that take root file systems, where no image can
+# be built. Its base is a root file system of Debian 12 with python3.11. Usage: deploy/rootfs.sh FOLDER
 # Import it with the environment HOME=/tmp PYTHONDONTWRITEBYTECODE=1. PYTHON: a Python 3.11 with pip; pip's own
 # PIP_EXTRA_INDEX_URL may name PyTorch's index of CPU builds.
 set -euo pipefail
