@@ -1,13 +1,15 @@
 # GNU make 3.81 and later, Linux and macOS. Each target makes the environment it needs in .venv; nothing else is touched.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test triton lint style types imports docs notebooks bench clean
+.PHONY: help demo test test-cluster triton lint style types imports docs notebooks bench clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Workers of the test run. Two OpenMP processes on two cores stall each other, hence one thread each.
 WORKERS ?= 2
+# The image that cluster tests run, under the name it has in the cluster.
+IMAGE ?= sfumato:0.1.0
 # A further package index, for example PyTorch's own index of CPU builds (on Linux the usual build of torch carries CUDA,
 # several gigabytes).
 TORCH_INDEX ?=
@@ -15,7 +17,7 @@ INSTALL = $(BIN)/python -m pip install $(if $(CI),--quiet) --disable-pip-version
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "  PYTHON=python3.12  another interpreter (3.11 or later)"
 	@echo "  TORCH_INDEX=URL    a further index for torch: PyTorch's index of CPU builds saves gigabytes on Linux"
 
@@ -39,6 +41,11 @@ imports: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev ## links, commands and code in the documents
 	$(BIN)/python .ci/check_docs.py
+
+test-cluster: $(VENV)/.installed-dev ## what needs a Kubernetes cluster: KUBECONFIG, IMAGE (deploy/Containerfile)
+	@# kr8s has no way to close its connections: they go with the process
+	OMP_NUM_THREADS=1 SFUMATO_IMAGE="$(IMAGE)" $(BIN)/python -m pytest -m cluster tests/cluster \
+		-W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
 
 triton: $(VENV)/.installed ## the real tritonserver, into .venv (Linux on x86_64); its tests skip without it
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[triton]'

@@ -119,8 +119,8 @@ def help_of(*verb: str) -> str | None:
 def check_sfumato(words: list[str]) -> Iterator[str]:
     verb = words[1:2] if len(words) > 1 and not words[1].startswith("-") else []
     shown = help_of(*verb)
-    if shown is not None and "COMMAND [ARGS]" in shown and len(words) > 2 and not words[2].startswith("-"):
-        verb = words[1:3]  # a verb of verbs, such as `sfumato export triton`
+    while shown is not None and "COMMAND [ARGS]" in shown and not [*words, "-"][len(verb) + 1].startswith("-"):
+        verb = words[1 : len(verb) + 2]  # a verb of verbs, such as `sfumato export triton`
         shown = help_of(*verb)
     if shown is None:
         yield f"`{' '.join(['sfumato', *verb])}`: no such verb"
@@ -139,7 +139,7 @@ def check_command(words: list[str]) -> Iterator[str]:
     if name == "sfumato":
         yield from check_sfumato(words)
     elif name == "make":
-        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
         for word in words[1:]:
             if "=" not in word and word not in targets:
                 yield f"`make {word}`: no such target"

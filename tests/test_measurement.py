@@ -186,7 +186,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_figures(
 ) -> None:
     work = tmp_path / "work"
     stop_at_fold_six(protected, data, work)
-    assert sorted(path.name for path in work.rglob("*.npz")) == [f"fold-{n:02d}.npz" for n in range(1, 6)]
+    done = {arm.name: sorted(path.name for path in arm.iterdir()) for arm in next(work.iterdir()).iterdir()}
+    names = ("clean", "alpha-0.4-seed-0", "alpha-0.8-seed-0")
+    assert done == {name: [f"fold-{n:02d}.npz" for n in range(1, 6)] for name in names}
     for entry in data.folds[0]:
         entry.path.write_bytes(b"what is done is not read again")
     # ... but for one photograph, which tells the size of a release
@@ -194,6 +196,32 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_figures(
     result = measure(protected, data, alphas=ARMS, work=work, quiet=True)
     assert figures(result) == figures(whole)
     assert not list(work.iterdir())
+
+
+def test_arms_measured_apart_add_up_to_the_run(
+    whole: Measurement, protected: Protected, data: Fddb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "work"
+    for alpha in ARMS:
+        measure(protected, data, alphas=(alpha,), work=work, keep=True, quiet=True)
+    capsys.readouterr()
+    result = measure(protected, data, alphas=ARMS, work=work, keep=True)
+    assert figures(result) == figures(whole)
+    assert [result.drop(arm) for arm in result.arms] == [whole.drop(arm) for arm in whole.arms]
+    assert "0it" in capsys.readouterr().err  # nothing was left to detect
+
+
+def test_what_is_kept_of_a_photograph_goes_with_it(protected: Protected, data: Fddb, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    measure(protected, data, alphas=(None,), work=work, keep=True, quiet=True)
+    shutil.copy(data.folds[1][0].path, data.folds[0][0].path)
+    again = measure(protected, data, alphas=(None,), work=work, keep=True, quiet=True)
+    assert figures(again) == figures(measure(protected, data, alphas=(None,), quiet=True))
+
+
+def test_fresh_noise_is_not_kept(protected: Protected, data: Fddb, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="a seed"):
+        measure(protected, data, alphas=(0.8,), seeds=(None,), work=tmp_path, keep=True, quiet=True)
 
 
 def test_what_was_kept_serves_no_other_run(

@@ -143,36 +143,45 @@ def measure(
     folds: Sequence[int] | None = None,
     limit: int | None = None,
     work: Path | None = None,
+    keep: bool = False,
     workers: int | None = None,
     quiet: bool = False,
 ) -> Measurement:
     """AP of every alpha (None: clean) on the folds (1 to 10, None: all). Raises RequestError, DatasetError, ImageError.
 
     `limit` takes the first photographs of each fold; seed None is fresh cryptographic noise. With `work` a fold that is
-    done is not done again after a kill; the folder is removed at the end.
+    done is not done again after a kill; what this run left there is removed at the end. With `keep` it stays, and what
+    another run has done there is only scored: runs of single arms add up to the table. Kept noise needs seeds.
     """
-    arms = [(alpha, seed) for alpha in alphas for seed in (seeds if alpha is not None else (None,))]
+    arms: Arms = [(alpha, seed) for alpha in alphas for seed in (seeds if alpha is not None else (None,))]
     if protected.outside is None or (None in alphas and protected.reference is None):
         raise RequestError("only the trusted side is here", wanted="client and server artefacts, to measure both sides")
     chosen = _chosen(dataset, folds, limit)
-    store = _Store(work, [*_what(protected), repr(arms), *(str(e.path.resolve()) for _, f in chosen for e in f)])
+    if keep and any(alpha is not None and seed is None for alpha, seed in arms):
+        raise RequestError("fresh noise to be kept", wanted="a seed: what is kept must repeat", do="--seeds 0")
+    store = _Store(work, [*_what(protected), *(_photographs(chosen) if keep else [repr(arms), *_paths(chosen)])])
     started = perf_counter()
-    todo = sum(len(fold) for number, fold in chosen if not store.has(number))
+    missing = {number: [arm for arm in arms if not store.has(number, arm)] for number, _ in chosen}
+    todo = sum(len(fold) for number, fold in chosen if missing[number])
     with tqdm(total=todo, disable=quiet) as bar, _one_thread_each(workers) as pool:
         for number, fold in chosen:
-            if not store.has(number):
-                store.put(number, _detect(protected, arms, number, fold, pool, bar))
+            if missing[number]:
+                found = _detect(protected, missing[number], number, fold, pool, bar)
+                for arm, of_arm in zip(missing[number], found, strict=True):
+                    store.put(number, arm, of_arm)
     seconds = perf_counter() - started
     reading = tqdm(chosen, "Reading Predictions ", disable=quiet)
-    results = [store.get(number, len(arms)) for number, _ in reading]
+    results = [[store.get(number, arm) for arm in arms] for number, _ in reading]
     truths = [[entry.boxes for entry in fold] for _, fold in chosen]
     rows = _score(protected, arms, results, truths, chosen[0][1][0], quiet=quiet)
-    store.clear()
+    if not keep:
+        store.clear()
     first = rows[0].detected
     return Measurement(rows, first.images, first.faces, tuple(number for number, _ in chosen), seconds)
 
 
-Arms = Sequence[tuple[float | None, int | None]]
+Which = tuple[float | None, int | None]  # alpha and seed of an arm
+Arms = Sequence[Which]
 Folds = list[tuple[int, tuple[Entry, ...]]]
 
 
@@ -181,6 +190,17 @@ def _what(protected: Protected) -> list[str]:
     sides = (protected.head, protected.reference, protected.outside)
     digests = (digest_of(side.state_dict()) for side in sides if isinstance(side, nn.Module))
     return [protected.digest, repr(protected.task), *digests]
+
+
+def _paths(chosen: Folds) -> list[str]:
+    return [str(entry.path.resolve()) for _, fold in chosen for entry in fold]
+
+
+def _photographs(chosen: Folds) -> Iterator[str]:
+    """What is kept must not outlive a photograph that is replaced."""
+    for path in _paths(chosen):
+        stat = os.stat(path)
+        yield f"{path} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _chosen(dataset: Fddb, folds: Sequence[int] | None, limit: int | None) -> Folds:
@@ -270,40 +290,41 @@ def _score(
 
 
 class _Store:
-    """Detections of finished folds, in a folder of this very run's, or in memory."""
+    """Detections of finished folds, arm by arm, in a folder of this very run's, or in memory."""
 
     def __init__(self, work: Path | None, key: list[str]) -> None:
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         self.folder = None if work is None else work / name
-        self.memory: dict[int, list[list[Detections]]] = {}
+        self.memory: dict[tuple[int, Which], list[Detections]] = {}
 
-    def has(self, number: int) -> bool:
-        return number in self.memory or (self.folder is not None and self._path(number).exists())
+    def has(self, number: int, arm: Which) -> bool:
+        return (number, arm) in self.memory or (self.folder is not None and self._path(number, arm).exists())
 
-    def put(self, number: int, found: list[list[Detections]]) -> None:
-        self.memory[number] = found
+    def put(self, number: int, arm: Which, found: list[Detections]) -> None:
+        self.memory[number, arm] = found
         if self.folder is None:
             return
-        rows = {f"{a}": np.array([len(d) for d in arm]) for a, arm in enumerate(found)}
-        rows |= {f"{a}.boxes": np.concatenate([d.boxes for d in arm]) for a, arm in enumerate(found)}
-        rows |= {f"{a}.scores": np.concatenate([d.scores for d in arm]) for a, arm in enumerate(found)}
-        with atomic(self._path(number)) as temporary:
-            np.savez(temporary, allow_pickle=False, **rows)
+        boxes, scores = np.concatenate([d.boxes for d in found]), np.concatenate([d.scores for d in found])
+        with atomic(self._path(number, arm)) as temporary:
+            counts = np.array([len(d) for d in found])
+            np.savez(temporary, allow_pickle=False, counts=counts, boxes=boxes, scores=scores)
 
-    def get(self, number: int, arms: int) -> list[list[Detections]]:
-        if number in self.memory:
-            return self.memory[number]
-        with np.load(self._path(number), allow_pickle=False) as saved:
-            return [_split(saved[f"{a}"], saved[f"{a}.boxes"], saved[f"{a}.scores"]) for a in range(arms)]
+    def get(self, number: int, arm: Which) -> list[Detections]:
+        if (number, arm) in self.memory:
+            return self.memory[number, arm]
+        with np.load(self._path(number, arm), allow_pickle=False) as saved:
+            return _split(saved["counts"], saved["boxes"], saved["scores"])
 
     def clear(self) -> None:
         if self.folder is not None:
             rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, number: int) -> Path:
+    def _path(self, number: int, arm: Which) -> Path:
         if self.folder is None:
             raise OutputError("no work folder")
-        return self.folder / f"fold-{number:02d}.npz"
+        alpha, seed = arm
+        name = "clean" if alpha is None else f"alpha-{alpha!r}-seed-{seed}"
+        return self.folder / name / f"fold-{number:02d}.npz"
 
 
 def _split(counts: np.ndarray, boxes: np.ndarray, scores: np.ndarray) -> list[Detections]:

@@ -3,12 +3,13 @@
 Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted.
 """
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from sfumato import __version__
-from sfumato.cli import bench, export
+from sfumato.cli import bench, export, k8s
 from sfumato.cli.audit import audit
 from sfumato.cli.common import examples, guarded
 from sfumato.cli.demo import demo
@@ -85,6 +86,42 @@ app.command(
         " --tls-cert cert.pem --tls-key key.pem --api-keys keys.txt --max-releases 100",
     )
 )(guarded(gateway, resume=_AGAIN))
+_LEFT = "what was started in the cluster goes on; the same command follows it again"
+clusters = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help=k8s.__doc__)
+_GROUPS: dict[str, tuple[str, dict[str, tuple[Callable[..., None], str]]]] = {
+    "job": (
+        "Runs of the table, one Job an arm.",
+        {
+            "run": (k8s.job_run, "sfumato k8s job run --dataset /data/FDDB --sweep"),
+            "wait": (k8s.job_wait, "sfumato k8s job wait accuracy"),
+            "logs": (k8s.job_logs, "sfumato k8s job logs accuracy alpha-0-8"),
+            "table": (k8s.job_table, "sfumato k8s job table accuracy --json table.json"),
+            "delete": (k8s.job_delete, "sfumato k8s job delete accuracy"),
+        },
+    ),
+    "volume": (
+        "Volumes, which are PersistentVolumeClaims.",
+        {
+            "create": (k8s.volume_create, "sfumato k8s volume create inference-data --size 50Gi"),
+            "list": (k8s.volume_list, "sfumato k8s volume list -n inference"),
+            "delete": (k8s.volume_delete, "sfumato k8s volume delete inference-data"),
+        },
+    ),
+    "data": ("What is on volumes.", {"put": (k8s.data_put, "sfumato k8s data put FDDB inference-data:FDDB")}),
+    "render": (
+        "The YAML of what the other verbs would make.",
+        {
+            "job": (k8s.render_job, "sfumato k8s render job --dataset /data/FDDB --sweep"),
+            "volume": (k8s.render_volume, "sfumato k8s render volume inference-data --size 50Gi"),
+        },
+    ),
+}
+for _group, (_says, _verbs) in _GROUPS.items():
+    _made = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help=_says)
+    for _name, (_verb, _example) in _verbs.items():
+        _made.command(_name, epilog=examples(_example))(guarded(_verb, resume=_LEFT))
+    clusters.add_typer(_made, name=_group)
+app.add_typer(clusters, name="k8s")
 app.command(epilog=examples("sfumato doctor --dataset FDDB"))(guarded(doctor, resume=_AGAIN))
 
 benches = typer.Typer(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ALPHA = 0.8  # of --noisy alone
 COLUMNS = ("alpha", "AP as detected", "drop from clean", "FDDB convention", "TR-4928", "its drop", "bits/site", "kB")
+STDOUT = Path("-")
 WIDTH = 132  # columns of the table where the output is no terminal
 
 
@@ -57,14 +58,20 @@ def measure(
     fresh: Annotated[bool, typer.Option("--fresh", help="Cryptographic noise: figures will not repeat.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Images at a time; without it one a core.")] = None,
     device: DeviceOption = Device.AUTO,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure there as JSON.")] = None,
+    kept: Annotated[
+        Path | None, typer.Option("--work", help="Keep what is done there, for other runs to go on from.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every figure there as JSON; - prints it, and nothing else.")
+    ] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a line an arm there as CSV.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Average precision of the detector, clean and obfuscated, in TR-4928's words.
 
     Without --alpha, --noisy and --sweep the clean run. One threshold rule for every arm. Killed and started again it
-    goes on after the folds that are done ($XDG_CACHE_HOME or ~/.cache, in sfumato/measure; removed at the end).
+    goes on after the folds that are done ($XDG_CACHE_HOME or ~/.cache, in sfumato/measure; removed at the end). With
+    --work runs of single arms, on one machine or many, add up: a --sweep there scores what they have done.
     """
     from sfumato.core import channel
     from sfumato.datasets import fddb
@@ -77,18 +84,23 @@ def measure(
     drawn: Sequence[int | None] = (None,) if fresh else numbers(seeds, "--seeds") or (0,)
     data = fddb.load(dataset)
     protected = load(artefacts, weights, tail, size_of(size), device)
-    for path in (json_file, csv_file):
+    printed = json_file == STDOUT
+    for path in (None if printed else json_file, csv_file, kept and kept / "any"):
         writable(path)
-    if (work := work_folder("measure")) is None:
+    if (work := kept or work_folder("measure")) is None:
         note("no cache folder can be written: if this run is killed, the next one starts anew")
     result = run(
         protected, data, alphas=arms, seeds=drawn, folds=numbers(folds, "--folds"), limit=limit, work=work,
-        workers=threads, quiet=quiet,
+        keep=kept is not None, workers=threads, quiet=quiet,
     )  # fmt: skip
     facts = _facts(result, data, drawn, size, "none" if arms == (None,) else tail_of(artefacts, tail), protected.digest)
-    _write(json_file, json.dumps(_finite({"facts": facts, **result.as_dict()}), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(_finite({"facts": facts, **result.as_dict()}), indent=1, allow_nan=False)
+    _write(None if printed else json_file, text + "\n")
     _write(csv_file, _csv(result))
-    _show(result, facts, sweep)
+    if printed:
+        typer.echo(text)
+    else:
+        _show(result, facts, sweep)
 
 
 def _facts(
@@ -131,11 +143,34 @@ def _named(data: "Fddb", result: "Measurement") -> str:
 
 def _show(result: "Measurement", facts: dict[str, Any], sweep: bool) -> None:
     if sweep:
-        _table(result, facts)
+        table(facts, replace(result, arms=averaged(result.arms)).as_dict()["rows"])
     else:
         for arm in result.arms:
             _log(arm, result.folds, titled=len(result.arms) > 1)
-    counted = f"{plural(result.images, 'image')}, {plural(result.faces, 'face')}"
+        conditions(facts)
+
+
+def table(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """TR-4928's table of a run's facts and rows, as its JSON has them, one row an alpha; the conditions below it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(title=f"{facts['data']}; figures of TR-4928: all of FDDB", title_justify="left", box=SIMPLE_HEAD)
+    for name in COLUMNS:
+        made.add_column(name, justify="right", no_wrap=True)
+    for cells in _cells(rows):
+        made.add_row(*cells)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
+    console.print(made)
+    conditions(facts)
+
+
+def conditions(facts: dict[str, Any]) -> None:
+    """What a reader must know beside the figures."""
+    counted = f"{plural(facts['images'], 'image')}, {plural(facts['faces'], 'face')}"
     typer.echo(f"data: {facts['data']}; {counted}; noise: {facts['noise']}")
     typer.echo(f"rule: {facts['rule']}; intervals: {facts['interval']}")
     sides = f"tail: {facts['tail']}; obfuscator: {facts['obfuscator'][:16]}"
@@ -182,36 +217,20 @@ def _mean(parts: Sequence["Precision"]) -> "Precision":
     return replace(parts[0], folds=folds, mean=float(np.mean(folds)), low=low, high=high, samples=samples)
 
 
-def _table(result: "Measurement", facts: dict[str, Any]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{facts['data']}; figures of TR-4928: all of FDDB", title_justify="left", box=SIMPLE_HEAD)
-    for name in COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
-    for cells in _rows(replace(result, arms=averaged(result.arms))):
-        table.add_row(*cells)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
-    console.print(table)
-
-
-def _rows(result: "Measurement") -> Iterator[list[str]]:
+def _cells(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     from sfumato.measurement import TR_4928
 
-    for arm in result.arms:
-        theirs, drop, ap = TR_4928.get(arm.alpha), result.drop(arm), arm.detected
+    for row in rows:
+        theirs, drop, bits = row["tr_4928_ap"], row["drop"], row["bits_per_site"]
         yield [
-            "clean" if arm.alpha is None else f"{arm.alpha:g}",
-            f"{ap.mean:.4f} [{ap.low:.4f}, {ap.high:.4f}]".replace("[", r"\["),
+            "clean" if row["alpha"] is None else f"{row['alpha']:g}",
+            f"{row['ap']:.4f} [{row['ap_low']:.4f}, {row['ap_high']:.4f}]".replace("[", r"\["),
             f"{drop[0]:+.4f} [{drop[1]:+.4f}, {drop[2]:+.4f}]".replace("[", r"\[") if drop else "",
-            f"{arm.convention.mean:.4f}",
+            f"{row['ap_convention']:.4f}",
             f"{theirs:.4f}" if theirs else "",
-            f"{TR_4928[None] - theirs:+.4f}" if theirs and arm.alpha is not None else "",
-            f"{arm.bits_per_site:.2f}" if math.isfinite(arm.bits_per_site) else "no bound",
-            f"{arm.release_bytes / 1000:.1f}",
+            f"{TR_4928[None] - theirs:+.4f}" if theirs and row["alpha"] is not None else "",
+            "no bound" if bits is None or math.isinf(bits) else f"{bits:.2f}",
+            f"{row['release_bytes'] / 1000:.1f}",
         ]
 
 

@@ -5,6 +5,7 @@ SfumatoError                 1  the work failed
 └── RequestError             2  the request was wrong: got / wanted / what to type
     ├── AlphaError              alpha outside [0, 1)
     ├── ArtefactError           not an artefact, another version, another model, damaged
+    ├── ClusterError            a cluster, or an object in it, that is not there or is refused
     ├── CutError                the model cannot be cut there
     ├── DatasetError            a dataset that is absent or incomplete
     ├── DeviceError             a device this machine does not have
@@ -24,6 +25,7 @@ import os
 __all__ = [
     "AlphaError",
     "ArtefactError",
+    "ClusterError",
     "CutError",
     "DatasetError",
     "DeviceError",
@@ -84,6 +86,10 @@ class AlphaError(RequestError):
 
 class ArtefactError(RequestError):
     """A file that is not an artefact, is damaged, of another version, or belongs to another model."""
+
+
+class ClusterError(RequestError):
+    """A Kubernetes cluster, or an object in it, that is not there, cannot be, or is refused."""
 
 
 class CutError(RequestError):
