@@ -123,18 +123,28 @@ def run_all(page: "Page") -> dict[str, Any]:
     """Run every cell by the menu; the last one's figures."""
     prompts, failed = page.locator(".jp-CodeCell .jp-InputPrompt"), page.locator(f"{OUTPUT}[data-mime-type*='error']")
     before = prompts.last.inner_text()
-    page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
+    asked = page.locator(".jp-Dialog button", has_text="Select")
     item = page.locator(".lm-Menu-item[data-command='runmenu:run-all']")
-    item.hover()
-    page.wait_for_timeout(500)  # a menu takes no click in the moment it opens
-    item.click()
 
-    asked = page.locator(".jp-Dialog button", has_text="Select")  # which kernel, where it has not started yet
+    def start() -> float:
+        page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
+        item.hover()
+        page.wait_for_timeout(500)  # a menu takes no click in the moment it opens
+        item.click()
+        return time.monotonic()
+
+    started = start()
 
     def done() -> bool:
-        if asked.count():
-            asked.last.click()
+        nonlocal started
         shown = prompts.all_inner_texts()
+        if shown[-1] == before and not any("*" in prompt for prompt in shown):
+            # While a page still looks for its kernel it asks which one is meant, and drops what it was to run.
+            if asked.count():
+                asked.last.click()
+                started = time.monotonic() - 8
+            elif time.monotonic() - started > 10:
+                started = start()
         return bool(failed.count()) or (shown[-1] != before and not any("*" in prompt for prompt in shown))
 
     wait(page, done)

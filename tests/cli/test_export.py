@@ -97,7 +97,8 @@ def test_no_server_is_left_when_serve_ends(tmp_path: Path, number: int) -> None:
 
 
 def test_a_second_interrupt_ends_a_server_that_hangs() -> None:
-    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", deaf], stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -110,4 +111,5 @@ def test_a_second_interrupt_ends_a_server_that_hangs() -> None:
                 Server(process, "127.0.0.1", 0, 0, 0, ()).stop()
             assert process.wait(5) == -signal.SIGKILL
         finally:
+            signal.signal(signal.SIGINT, before)
             process.kill()

@@ -1,6 +1,7 @@
 """A gateway on a thread of its own, before a server that keeps all it is sent and answers as the real tail does."""
 
 import asyncio
+import contextlib
 import http.client
 import json
 import threading
@@ -147,7 +148,12 @@ def gateway(
         try:
             async with listen(service, place or Place(http=0, grpc=0)) as listening:
                 loop = asyncio.get_running_loop()
-                started.append(Running(listening, log, lambda: loop.call_soon_threadsafe(ended.set)))
+
+                def stop() -> None:
+                    with contextlib.suppress(RuntimeError):  # it has ended already
+                        loop.call_soon_threadsafe(ended.set)
+
+                started.append(Running(listening, log, stop))
                 ready.set()
                 await ended.wait()
         except BaseException as error:

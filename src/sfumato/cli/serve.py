@@ -46,7 +46,11 @@ def serve(
             except FileNotFoundError as error:
                 raise RequestError("docker is not installed", wanted="it", do="--print-command") from error
         return
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a terminal that is closed: the server has a session of its own
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # a terminal that is closed: the server has a session of its own
         signal.signal(number, _ended)
     told = typer.echo
     try:

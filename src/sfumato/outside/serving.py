@@ -50,7 +50,7 @@ class Server:
         """Lets requests under way end, then ends; its exit code."""
         try:
             if self.process.poll() is None:
-                self.process.send_signal(signal.SIGINT)
+                self.process.terminate()  # SIGINT is ignored in the background of a shell
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(within)
         finally:  # whoever interrupts the wait does not mean to leave it running
