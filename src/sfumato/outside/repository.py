@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import numpy as np
 import torch
@@ -330,8 +329,3 @@ def _config(plan: Plan, kind: str, facts: Mapping[str, str], outputs: Sequence[s
             f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in facts.items()
         ),
     )  # fmt: skip
-
-
-def read_facts(config: Mapping[str, Any]) -> dict[str, str]:
-    """What `parameters` of a served model's configuration say; empty for a model of another origin."""
-    return {key: str(value.get("string_value", "")) for key, value in dict(config.get("parameters", {})).items()}

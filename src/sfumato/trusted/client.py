@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from ipaddress import ip_address
@@ -330,7 +330,7 @@ class Client(_Base):
 
     def _lent(self, inputs: Sequence[Any], request: wire.Tensors) -> AbstractContextManager[None]:
         if not self.shared_memory:
-            return _nothing()
+            return nullcontext()
         if not hasattr(self._own, "memory"):
             self._own.memory = _Memory({"client_timeout": self.timeout} if self.grpc else {})
         return self._own.memory.lent(self._link, inputs, request)  # type: ignore[no-any-return]
@@ -471,11 +471,6 @@ class _Memory:
                 self.size = 0
             memory.destroy_shared_memory_region(self.region)
             self.region, self.size = None, 0
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _pause(tried: int) -> float:
